@@ -1,0 +1,121 @@
+"""From bytes or a file to an RGB picture, and from that to an array of the size that is asked for.
+
+Whatever a camera, a scanner or a paint program writes becomes 8-bit RGB as it is looked at; whatever is not a
+whole picture is one ValueError that names the file. Used by training and by inference.
+"""
+
+import io
+import pathlib
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from wemmu_jax.data.records import Picture
+
+# PIL warns from here on and refuses twice as many; a data set has no use for either.
+MAX_PIXELS = 89_478_485
+
+_EXIF_ORIENTATION = 0x0112
+_EXIF_SIDEWAYS = (5, 6, 7, 8)
+
+
+def open_picture(data: bytes | str | pathlib.Path, *, name: str) -> Image.Image:
+    """A decoded picture, upright and in RGB.
+
+    EXIF rotation is applied; transparent pixels show white; 16-bit grey keeps its range; of an animation, the
+    first frame.
+
+    Args:
+      data: the file's content, or its path.
+      name: what errors call it.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is empty, cut, no picture, larger than MAX_PIXELS, or of a kind that has no fixed range.
+    """
+    try:
+        with _open(data, name) as image:
+            image.load()
+            return _rgb(ImageOps.exif_transpose(image), name)
+    except (FileNotFoundError, _PictureError):
+        raise
+    except Exception as error:  # PIL's plugins raise nearly anything on bytes that are not theirs
+        raise _PictureError(f"{name}: cannot be decoded: {error}") from error
+
+
+def picture_size(data: bytes | str | pathlib.Path, *, name: str) -> tuple[int, int]:
+    """(height, width) of the picture as it is looked at, from its header alone. Errors as `open_picture`."""
+    try:
+        with _open(data, name) as image:
+            sideways = image.getexif().get(_EXIF_ORIENTATION) in _EXIF_SIDEWAYS
+            return image.size if sideways else (image.height, image.width)
+    except (FileNotFoundError, _PictureError):
+        raise
+    except Exception as error:  # as above
+        raise _PictureError(f"{name}: its header cannot be read: {error}") from error
+
+
+def cover(image: Image.Image, height: int, width: int) -> np.ndarray:
+    """uint8[height, width, 3]: `image` scaled to cover the size, cropped at its centre (Lanczos, antialiased)."""
+    scale = max(height / image.height, width / image.width)
+    crop_height = min(height / scale, image.height)
+    crop_width = min(width / scale, image.width)
+    top, left = (image.height - crop_height) / 2, (image.width - crop_width) / 2
+    box = (left, top, left + crop_width, top + crop_height)
+    return np.array(image.resize((width, height), Image.Resampling.LANCZOS, box=box))
+
+
+def file_picture(path: pathlib.Path, size: tuple[int, int], *, name: str) -> Picture:
+    """The picture in a file, whose (height, width) is known. Decoded on its first use and then kept, because a
+    source is used twice, by the ViT and by the DC-AE; a `Picture` lives no longer than its row's encoding."""
+    return Picture(*size, _FileLoader(path, name))
+
+
+class _FileLoader:
+    def __init__(self, path: pathlib.Path, name: str):
+        self._path, self._name, self._image = path, name, None
+
+    def __call__(self, height: int, width: int) -> np.ndarray:
+        if self._image is None:
+            self._image = open_picture(self._path, name=self._name)
+        return cover(self._image, height, width)
+
+
+class _PictureError(ValueError):
+    """A ValueError whose text is ready for the user."""
+
+
+def _open(data: bytes | str | pathlib.Path, name: str) -> Image.Image:
+    if not isinstance(data, bytes) and not pathlib.Path(data).exists():
+        raise FileNotFoundError(f"{name}: no such file")
+    if not (len(data) if isinstance(data, bytes) else pathlib.Path(data).stat().st_size):
+        raise _PictureError(f"{name}: empty (zero bytes)")
+    try:
+        image = Image.open(io.BytesIO(data) if isinstance(data, bytes) else data)
+    except Image.UnidentifiedImageError as error:
+        raise _PictureError(f"{name}: not a picture of a known format") from error
+    if image.width * image.height > MAX_PIXELS:
+        pixels = f"{image.width}x{image.height} pixels"
+        image.close()
+        raise _PictureError(f"{name}: {pixels}, more than the limit of {MAX_PIXELS}")
+    return image
+
+
+def _rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.mode == "F":
+        raise _PictureError(
+            f"{name}: floating-point pixels have no fixed range; save it with 8 or 16 bits"
+        )
+    if image.mode.startswith("I"):
+        return _from_16_bit(image).convert("RGB")
+    if image.has_transparency_data:
+        picture = image.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        return Image.alpha_composite(white, picture).convert("RGB")
+    return image.convert("RGB")
+
+
+def _from_16_bit(image: Image.Image) -> Image.Image:
+    # PIL's own conversion clips at 255 instead of scaling.
+    values = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+    return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))

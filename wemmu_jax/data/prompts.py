@@ -1,0 +1,17 @@
+"""The words that the project itself puts into prompts, for training and inference alike."""
+
+# Design section 2: the middle branch of the single-edit guidance, and the Rec task.
+RECONSTRUCTION_PROMPT = "Please reproduce this image."
+
+# The empty user turn: the unconditional branch of guidance, and the Uncond task.
+UNCONDITIONAL_PROMPT = ""
+
+# The paper gives no wording for T2I: the caption as it is.
+CAPTION_TEMPLATE = "{caption}"
+
+
+def caption_prompt(caption: str, template: str = CAPTION_TEMPLATE) -> str:
+    """`template` with its `{caption}` filled in. Braces inside the caption stay as they are."""
+    if template.count("{caption}") != 1:
+        raise ValueError(f"caption template {template!r} must contain {{caption}} exactly once")
+    return template.replace("{caption}", caption)

@@ -1,0 +1,175 @@
+"""Which rows micro-batch m is made of: a pure function of m, of the mixture and of the pools' sizes.
+
+    micro-batch m -> its arity            off by less than one micro-batch at any m
+      the arity's micro-batch j -> bucket, in proportion to the records
+      the arity's rows j*B .. (j+1)*B -> task        off by less than one row, at any row
+        the task's rows -> data set                  off by less than one row
+          how often its pool has served this bucket before -> a place in the pool's shuffled order
+
+Nothing is remembered from one micro-batch to the next but sums that any start computes again, so training resumes
+anywhere and with any number of hosts and workers.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+
+import numpy as np
+
+from wemmu_jax.data.pools import Pool, task_arities
+from wemmu_jax.data.tasks import Task
+from wemmu_jax.data.turns import Turns
+
+# Buckets keep their shares exactly over this many micro-batches of an arity, and come in random order within them.
+SPAN = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class RowPlan:
+    """One row: the `use`-th that pool number `pool` gives to the micro-batch's bucket, counted from 0 (of a pool
+    of any size: to all buckets)."""
+
+    pool: int
+    use: int
+
+
+@dataclasses.dataclass(frozen=True)
+class MicroBatchPlan:
+    """A micro-batch: its number, the pictures in each prompt, the index of its bucket, and its rows."""
+
+    number: int
+    arity: int
+    bucket: int
+    rows: tuple[RowPlan, ...]
+
+
+class Schedule:
+    """The endless sequence of micro-batches."""
+
+    def __init__(
+        self,
+        mixture: Mapping[Task, float],
+        pools: Sequence[Pool],
+        *,
+        bucket_count: int,
+        rows: int,
+        seed: int,
+    ):
+        """Args: the mixture's weights (any scale, all positive), what `gather_pools` made for its tasks, the number
+        of buckets, the rows of a micro-batch over all hosts, and the seed of the buckets' order."""
+        shares = task_arities(pools, mixture)
+        self.arities = tuple(sorted({arity for _, arity in shares}))
+        self._turns = Turns(
+            [
+                sum(share for (_, own), share in shares.items() if own == arity)
+                for arity in self.arities
+            ]
+        )
+        self._lanes = [
+            _Lane(
+                {task: share for (task, own), share in shares.items() if own == arity},
+                [(index, pool) for index, pool in enumerate(pools) if pool.arity == arity],
+                bucket_count=bucket_count,
+                rows=rows,
+                entropy=(seed, arity),
+            )
+            for arity in self.arities
+        ]
+
+    def plan(self, number: int) -> MicroBatchPlan:
+        """Micro-batch `number`."""
+        slot = np.array(number)
+        lane = int(self._turns.owner(slot))
+        bucket, rows = self._lanes[lane].plan(int(self._turns.counts(slot)[lane]))
+        return MicroBatchPlan(number, self.arities[lane], bucket, rows)
+
+
+class _Lane:
+    """The micro-batches of one arity, j = 0, 1, ..."""
+
+    def __init__(
+        self,
+        weights: Mapping[Task, Fraction],
+        pools: Sequence[tuple[int, Pool]],
+        *,
+        bucket_count: int,
+        rows: int,
+        entropy: tuple[int, ...],
+    ):
+        # Columns of every array over pools are in the order of the tasks' turns.
+        pools = [(index, pool) for task in weights for index, pool in pools if pool.task is task]
+        self._pools = np.array([index for index, _ in pools])
+        self._any_size = np.array([pool.any_size for _, pool in pools])
+        self._tasks = Turns(list(weights.values()))
+        self._within = [
+            Turns([pool.weight for _, pool in pools if pool.task is task]) for task in weights
+        ]
+        shares = _bucket_shares(weights, [pool for _, pool in pools], bucket_count)
+        self._bucket_ids = np.array([bucket for bucket, share in enumerate(shares) if share])
+        self._buckets = Turns([share for share in shares if share])
+        self._rows, self._entropy, self._bucket_count = rows, entropy, bucket_count
+        self._used = {0: np.zeros((len(pools), bucket_count), np.int64)}
+
+    def plan(self, j: int) -> tuple[int, tuple[RowPlan, ...]]:
+        """The bucket and the rows of the arity's micro-batch j."""
+        span, place = divmod(j, SPAN)
+        buckets = self._span_buckets(span)
+        bucket = buckets[place]
+        earlier = buckets[:place] == bucket
+        used = self._used_before(span)[:, bucket] + self._rows_of(span, place)[earlier].sum(axis=0)
+
+        counts = self._pool_counts(np.arange(j * self._rows, (j + 1) * self._rows + 1))
+        column = np.diff(counts, axis=0).argmax(axis=1)
+        in_all = counts[np.arange(self._rows), column]
+        in_bucket = used[column] + in_all - counts[0, column]
+        uses = np.where(self._any_size[column], in_all, in_bucket)
+        pools = self._pools[column].tolist()
+        return int(bucket), tuple(map(RowPlan, pools, uses.tolist()))
+
+    def _pool_counts(self, slots: np.ndarray) -> np.ndarray:
+        """int64[..., pools]: how many of the arity's rows before each of `slots` belong to each pool."""
+        tasks = self._tasks.counts(slots)
+        return np.concatenate(
+            [within.counts(tasks[..., task]) for task, within in enumerate(self._within)], axis=-1
+        )
+
+    def _rows_of(self, span: int, length: int) -> np.ndarray:
+        """int64[length, pools]: the rows of each pool in each of the first micro-batches of a span."""
+        return np.diff(
+            self._pool_counts((span * SPAN + np.arange(length + 1)) * self._rows), axis=0
+        )
+
+    def _span_buckets(self, span: int) -> np.ndarray:
+        """int64[SPAN]. Shuffled, because two strict orders beat: with one row a micro-batch, two tasks and two
+        buckets, each taking turns, one task would only ever see one bucket."""
+        order = self._buckets.owner(np.arange(span * SPAN, (span + 1) * SPAN))
+        lots = np.random.SeedSequence((*self._entropy, span)).generate_state(SPAN)
+        return self._bucket_ids[order[np.argsort(lots, kind="stable")]]
+
+    def _used_before(self, span: int) -> np.ndarray:
+        """int64[pools, buckets]: rows before a span. Kept for each span; threads may compute one twice, alike."""
+        known = span
+        while known not in self._used:
+            known -= 1
+        for new in range(known + 1, span + 1):
+            used = self._used[new - 1].T.copy()
+            np.add.at(used, self._span_buckets(new - 1), self._rows_of(new - 1, SPAN))
+            self._used[new] = used.T
+        return self._used[span]
+
+
+def _bucket_shares(
+    weights: Mapping[Task, Fraction], pools: Sequence[Pool], bucket_count: int
+) -> list[Fraction]:
+    """Shares in which each pool on average uses up its buckets alike; pools of any size go along."""
+    shares = [Fraction(0)] * bucket_count
+    for task, weight in weights.items():
+        own = [pool for pool in pools if pool.task is task]
+        whole = sum(pool.weight for pool in own)
+        for pool in own:
+            if pool.any_size:
+                continue
+            counts = pool.counts.tolist()
+            for bucket, count in enumerate(counts):
+                shares[bucket] += weight * pool.weight / whole * Fraction(count, sum(counts))
+    return shares if any(shares) else [Fraction(1)] * bucket_count

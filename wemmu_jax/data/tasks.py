@@ -1,0 +1,88 @@
+"""The five training tasks of the curriculum (design section 2), each a pure function of a record."""
+
+import dataclasses
+import enum
+
+import numpy as np
+
+from wemmu_jax.data import prompts
+from wemmu_jax.data.records import Picture, Record
+
+
+class Task(enum.Enum):
+    """A training task; the values are the names in the curriculum's mixtures."""
+
+    T2I = "T2I"
+    UNCOND = "Uncond"
+    REC = "Rec"
+    S_EDIT = "S-Edit"
+    M_EDIT = "M-Edit"
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """What a row of a micro-batch is made from: the user's turn (`sources`, then `text`) and the answer.
+
+    Attributes:
+      task: the task that asks.
+      text: the prompt, without the chat template.
+      sources: the pictures in the prompt; their number is the arity.
+      target: the picture to be drawn.
+      key: the record's key.
+    """
+
+    task: Task
+    text: str
+    sources: tuple[Picture, ...]
+    target: Picture
+    key: str
+
+
+def arities(task: Task, source_counts: np.ndarray) -> np.ndarray:
+    """The number of pictures in the prompt when `task` uses a record with so many source pictures.
+
+    Args:
+      task: the task.
+      source_counts: int[N], source pictures of each record.
+
+    Returns:
+      int[N]; -1 where the record cannot serve the task. Rec and Uncond take any record's target.
+    """
+    match task:
+        case Task.UNCOND:
+            return np.zeros_like(source_counts)
+        case Task.REC:
+            return np.ones_like(source_counts)
+        case Task.T2I:
+            serves = source_counts == 0
+        case Task.S_EDIT:
+            serves = source_counts == 1
+        case Task.M_EDIT:
+            serves = source_counts >= 2
+    return np.where(serves, source_counts, -1)
+
+
+def arity(task: Task, record: Record) -> int:
+    """`arities` of one record; a ValueError where it cannot serve the task."""
+    pictures = int(arities(task, np.array(len(record.sources))))
+    if pictures < 0:
+        found = f"{len(record.sources)} source picture(s)"
+        raise ValueError(f"record {record.key!r} with {found} cannot serve task {task.value}")
+    return pictures
+
+
+def make_example(
+    task: Task, record: Record, *, caption_template: str = prompts.CAPTION_TEMPLATE
+) -> Example:
+    """`record` as `task` uses it. `caption_template` is the T2I prompt around the caption."""
+    arity(task, record)
+    match task:
+        case Task.T2I:
+            text, sources = prompts.caption_prompt(record.text, caption_template), ()
+        case Task.UNCOND:
+            text, sources = prompts.UNCONDITIONAL_PROMPT, ()
+        case Task.REC:
+            text, sources = prompts.RECONSTRUCTION_PROMPT, (record.target,)
+        case Task.S_EDIT | Task.M_EDIT:
+            text, sources = record.text, record.sources
+    return Example(task, text, sources, record.target, record.key)
