@@ -1,0 +1,174 @@
+"""Hugging Face folders -> our checkpoint, streamed: one reference tensor is in memory at a time.
+
+First everything is checked by headers and configs alone, and all faults are reported together; then each layer's
+tensor is read, transposed and written to its place in the stack, which the header in front fixed in advance.
+"""
+
+import dataclasses
+import hashlib
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from wemmu_jax.conversion.backbones import DC_AE, DIT, VLM, Backbone, Rows
+from wemmu_jax.conversion.hf_folder import HFFolder, other_files, read_folder
+from wemmu_jax.conversion.hub import SANA_FILES, VLM_FILES, local_folder
+from wemmu_jax.conversion.safetensors_io import Spec, Stored
+from wemmu_jax.conversion.staging import check_free, copy_files, staged
+from wemmu_jax.conversion.table import Entry, Layout
+from wemmu_jax.conversion.weights import write_weights
+
+_DTYPES = {np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What was done.
+
+    Attributes:
+      tensors: how many tensors of Hugging Face folders were read or written.
+      bytes: their size.
+      seconds: wall-clock time.
+      ignored: names of tensors that were there and not needed.
+    """
+
+    tensors: int
+    bytes: int
+    seconds: float
+    ignored: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One of our leaves and the reference tensors that it is made of, in stacking order."""
+
+    spec: Spec
+    layout: Layout
+    sources: tuple[Stored, ...]
+
+    def parts(self) -> Iterator[np.ndarray]:
+        """The leaf in C order, one reference tensor at a time."""
+        for source in self.sources:
+            yield self.layout.to_ours(source.read())
+
+
+def convert(vlm: str, sana: str, out: str) -> Report:
+    """Converts the frozen backbones.
+
+    Args:
+      vlm: folder or hub id of a Qwen2.5-VL.
+      sana: folder or hub id of a Sana in diffusers' layout, with its DC-AE in `vae/`.
+      out: the folder to write; it appears only when it is complete.
+
+    Raises:
+      FileExistsError: `out` is there already.
+      FileNotFoundError: `vlm` or `sana` is neither a folder nor a model that can be downloaded.
+      ValueError: the models cannot be converted; names every fault, and nothing was written.
+      OSError: the disk has not enough room.
+    """
+    started = time.monotonic()
+    check_free(Path(out))
+    vlm_folder = local_folder(vlm, VLM_FILES)
+    sana_folder = local_folder(sana, SANA_FILES)
+    sources = {VLM: vlm_folder, DIT: sana_folder / "transformer", DC_AE: sana_folder / "vae"}
+    leaves, ignored = plan(sources)
+    _check_room(Path(out), sum(leaf.spec.nbytes for leaf in leaves.values()))
+    with staged(Path(out)) as partial:
+        for backbone, folder in sources.items():
+            copy_files(folder, other_files(folder), partial / backbone.folder)
+        for part in (".", "scheduler"):  # what belongs to the Sana pipeline as a whole
+            copy_files(sana_folder / part, other_files(sana_folder / part), partial / "sana" / part)
+        specs = {path: leaf.spec for path, leaf in leaves.items()}
+        write_weights(partial, specs, lambda path: leaves[path].parts())
+    read = [source for leaf in leaves.values() for source in leaf.sources]
+    size = sum(source.nbytes for source in read)
+    return Report(len(read), size, time.monotonic() - started, tuple(ignored))
+
+
+def plan(sources: Mapping[Backbone, Path]) -> tuple[dict[str, Leaf], list[str]]:
+    """Our leaves by their paths, and the tensors to be ignored; reads headers and configs only.
+
+    Raises:
+      ValueError: names every fault of every model.
+    """
+    leaves: dict[str, Leaf] = {}
+    ignored: list[str] = []
+    faults: list[str] = []
+    for backbone, path in sources.items():
+        folder = read_folder(path, backbone.stem)
+        faults += folder.faults
+        if not folder.config or not folder.tensors:
+            continue
+        try:
+            rows = backbone.rows(folder.config, folder.tensors.keys() | folder.unread)
+        except (ValueError, TypeError, KeyError) as error:
+            faults.append(f"{path / 'config.json'}: {error}")
+            continue
+        faults += _misfits(folder, rows)
+        if not faults:
+            leaves |= {f"{backbone.prefix}/{e.target}": _leaf(e, folder) for e in rows.table}
+            ignored += [name for name in rows.repeats if name in folder.tensors]
+    if faults:
+        raise ValueError("these models cannot be converted:\n  " + "\n  ".join(faults))
+    return leaves, ignored
+
+
+def _misfits(folder: HFFolder, rows: Rows) -> list[str]:
+    """Where the tensors of a folder are not what its config implies."""
+    faults: list[str] = []
+    wanted = {name: entry for entry in rows.table for name in entry.sources()}
+    for name, entry in wanted.items():
+        found = folder.tensors.get(name)
+        if found is None:
+            if name not in folder.unread:
+                faults.append(f"{folder.folder}: missing tensor {name} {entry.shape}")
+        elif found.shape != entry.shape:
+            faults.append(
+                f"{found.file}: shape of {name}: the config implies {entry.shape}, found {found.shape}"
+            )
+    for name, found in folder.tensors.items():
+        if name in rows.repeats:
+            faults += _different(name, rows.repeats[name], folder.tensors)
+        elif name not in wanted:
+            faults.append(f"{found.file}: tensor {name} {found.shape} is not part of the model")
+        elif found.dtype not in _DTYPES:
+            faults.append(
+                f"{found.file}: unsupported dtype of {name}: expected float32, float16 or bfloat16, "
+                f"found {found.dtype}"
+            )
+    for entry in rows.table:
+        dtypes = {folder.tensors[n].dtype.name for n in entry.sources() if n in folder.tensors}
+        if len(dtypes) > 1:
+            faults.append(f"{folder.folder}: mixed dtypes in {entry.source}: {sorted(dtypes)}")
+    return faults
+
+
+def _different(name: str, first: str, tensors: Mapping[str, Stored]) -> list[str]:
+    """A fault if a repeated tensor is not bit for bit its first: then the config is wrong about the two."""
+    if first not in tensors or _digest(tensors[name]) == _digest(tensors[first]):
+        return []
+    return [
+        f"{tensors[name].file}: {name} differs from {first}, but the config says that they are tied "
+        "(tie_word_embeddings)"
+    ]
+
+
+def _digest(stored: Stored) -> bytes:
+    return hashlib.sha256(stored.read().reshape(-1).view(np.uint8)).digest()
+
+
+def _leaf(entry: Entry, folder: HFFolder) -> Leaf:
+    sources = tuple(folder.tensors[name] for name in entry.sources())
+    return Leaf(Spec(sources[0].dtype, entry.target_shape), entry.layout, sources)
+
+
+def _check_room(out: Path, needed: int) -> None:
+    """Raises OSError if the disk that `out` will be on has fewer than `needed` bytes left."""
+    existing = next(path for path in out.absolute().parents if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise OSError(f"{out}: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free on this disk")
