@@ -1,0 +1,55 @@
+"""The four stages on the tiny preset and on miniworld: minutes on two cores.
+
+    wemmu train --config configs/tiny.py:stage1 --init CONVERTED --workdir runs/tiny/stage1
+
+Tasks, mixtures, losses and what learns are the paper's, by way of `wemmu_3b`; only sizes and data differ.
+"""
+
+import ml_collections
+
+from configs.wemmu_3b import get_config as paper_config
+from wemmu_jax.miniworld.backbones import BRIDGE
+
+STEPS = 60
+
+
+def _miniworld(split: str, size: int) -> list[dict]:
+    common = {"type": "miniworld", "seed": 0, "size": size, "split": split}
+    return [
+        {"name": "scenes", "tasks": ("T2I", "Uncond", "Rec"), "kind": "caption", **common},
+        {"name": "scene edits", "tasks": ("S-Edit",), "kind": "edit", **common},
+        {"name": "compositions", "tasks": ("M-Edit",), "kind": "composition", **common},
+    ]
+
+
+def photographs(folder: str) -> list[dict]:
+    """Data entries of a folder of photographs, see `wemmu_jax.data.sources.FolderSource`."""
+    common = {"type": "folder", "folder": folder, "weight": 0.25}
+    return [
+        {"name": "photographs", "tasks": ("T2I", "Rec"), "kind": "caption", **common},
+        {"name": "photograph edits", "tasks": ("S-Edit",), "kind": "edit", **common},
+    ]
+
+
+def get_config(stage: str) -> ml_collections.ConfigDict:
+    """The config of `stage1` to `stage4`."""
+    config = paper_config(stage)
+    config.name = f"tiny {stage}"
+    config.model.bridge.update(BRIDGE)
+    config.model.dtype = "float32"
+    config.model.remat = "none"
+    data = config.data
+    data.resolution, data.buckets, data.max_aspect, data.pad_multiple = 64, 3, 2.0, 8
+    data.text_lengths = (128,)
+    data.sources = tuple(_miniworld("train", 200_000))
+    data.held_out = tuple(_miniworld("held_out", 1000))
+    data.threads = 2
+    config.batch.rows, config.batch.micro_batches = 16, 2
+    config.paper.batch = config.batch.rows * config.batch.micro_batches
+    config.paper.steps = STEPS
+    config.optimizer.steps, config.optimizer.warmup = STEPS, 5
+    config.optimizer.learning_rate = 1e-3
+    config.mesh.fsdp = 1
+    config.validation_rows = 16
+    config.every.update({"log": 10, "checkpoint": 30, "validate": 30, "sample": STEPS})
+    return config

@@ -1,0 +1,168 @@
+"""What WeMMU adds to its backbones, as switches. Every open question of the paper is one field here."""
+
+import dataclasses
+import enum
+import json
+import pathlib
+from typing import Any
+
+from wemmu_jax.models.dc_ae.config import DCAEConfig
+from wemmu_jax.models.qwen2_5_vl.config import Qwen25VLConfig
+from wemmu_jax.models.sana.config import SanaConfig
+
+
+class QueryKind(enum.StrEnum):
+    """What the generation expert starts from (paper, 4.3.1)."""
+
+    NOISY = "noisy"  # fresh N(0, I) for every sample
+    NOISY_SCALED = "noisy_scaled"  # the same with a learned scale for each channel (3.2)
+    LEARNABLE_FIXED = "learnable_fixed"  # a fixed number of learned queries
+    LEARNABLE_DYNAMIC = "learnable_dynamic"  # the centre crop of a learned table
+
+
+class Connector(enum.StrEnum):
+    """How DC-AE features become tokens (paper, 4.3.2 and A.2)."""
+
+    LINEAR = "linear"
+    NONE = "none"
+    VIT_2 = "vit_2"
+    VIT_6 = "vit_6"
+    VIT_6_DISTILLED = "vit_6_distilled"
+
+    @property
+    def depth(self) -> int:
+        """Transformer layers of the connector."""
+        return {"vit_2": 2, "vit_6": 6, "vit_6_distilled": 6}.get(self.value, 0)
+
+
+class VAEStream(enum.StrEnum):
+    """Where the VAE tokens run."""
+
+    FROZEN = "frozen"  # in the frozen LLM, after their picture's ViT tokens
+    EXPERT = "expert"  # in the generation expert, before the queries (as in BAGEL)
+
+
+@dataclasses.dataclass(frozen=True)
+class BridgeConfig:
+    """The bridge.
+
+    Attributes:
+      queries: what the expert starts from.
+      connector: how VAE features become tokens.
+      vae_stream: where these tokens run.
+      fixed_grid: side of the square grid of `learnable_fixed` queries.
+      max_grid: N, side of every learned table of positions (A.1).
+      position_mlp_hidden: hidden width of the Position MLP (Table 1).
+      connector_heads: heads of the Simple ViT connectors.
+      distillation: weight of the cosine loss of `vit_6_distilled`.
+    """
+
+    queries: QueryKind = QueryKind.NOISY
+    connector: Connector = Connector.LINEAR
+    vae_stream: VAEStream = VAEStream.FROZEN
+    fixed_grid: int = 18
+    max_grid: int = 74
+    position_mlp_hidden: int = 16384
+    connector_heads: int = 16
+    distillation: float = 1.0
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "BridgeConfig":
+        """The inverse of `to_dict`. Raises ValueError naming an unknown key or a value that is not a choice."""
+        known = {field.name: field.type for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(f"bridge config: unknown keys {unknown}; known: {sorted(known)}")
+        enums = {"queries": QueryKind, "connector": Connector, "vae_stream": VAEStream}
+        fixed = dict(values)
+        for name, kind in enums.items():
+            if name in fixed:
+                try:
+                    fixed[name] = kind(fixed[name])
+                except ValueError:
+                    choices = [member.value for member in kind]
+                    raise ValueError(
+                        f"bridge config: {name}={fixed[name]!r}; expected one of {choices}"
+                    ) from None
+        return cls(**fixed)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {k: getattr(v, "value", v) for k, v in dataclasses.asdict(self).items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class WeMMUConfig:
+    """The composed model: three backbones and the bridge."""
+
+    vlm: Qwen25VLConfig
+    dit: SanaConfig
+    dc_ae: DCAEConfig
+    bridge: BridgeConfig
+
+    @classmethod
+    def from_folder(cls, folder: str | pathlib.Path, bridge: BridgeConfig) -> "WeMMUConfig":
+        """Reads the backbones' configs from a converted folder.
+
+        Raises:
+          FileNotFoundError: a config file is missing.
+          ValueError: the backbones do not fit each other.
+        """
+        folder = pathlib.Path(folder)
+        return cls(
+            vlm=Qwen25VLConfig.from_hf(json.loads((folder / "vlm/config.json").read_text())),
+            dit=SanaConfig.from_hf(
+                json.loads((folder / "sana/transformer/config.json").read_text())
+            ),
+            dc_ae=DCAEConfig.from_hf(json.loads((folder / "sana/vae/config.json").read_text())),
+            bridge=bridge,
+        )
+
+    def __post_init__(self) -> None:
+        if self.dit.in_channels != self.dc_ae.latent_channels:
+            raise ValueError(
+                f"the DiT reads {self.dit.in_channels} latent channels, the autoencoder writes "
+                f"{self.dc_ae.latent_channels}"
+            )
+        if self.vlm.vision.out_hidden_size != self.vlm.text.hidden_size:
+            raise ValueError(
+                f"the ViT writes width {self.vlm.vision.out_hidden_size}, the LLM reads "
+                f"{self.vlm.text.hidden_size}"
+            )
+
+    def source_grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of tokens for a picture of `height` x `width` pixels: 18 x 18 at 512 px.
+
+        One token for each merged ViT patch, 28 x 28 pixels in Qwen2.5-VL. A source picture is brought onto this
+        grid once for the ViT and once for the DC-AE, so that both give the same number of tokens.
+
+        Raises:
+          ValueError: the grid passes the learned tables.
+        """
+        unit, limit = self.vlm.vision.unit, self.bridge.max_grid
+        grid = max(1, round(height / unit)), max(1, round(width / unit))
+        if max(grid) > limit:
+            raise ValueError(
+                f"{height} x {width} pixels need a grid of {grid[0]} x {grid[1]} tokens; the learned "
+                f"tables end at {limit} ({limit * unit} pixels a side)"
+            )
+        return grid
+
+    def query_grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the queries for an output of `height` x `width` pixels.
+
+        The same grid as a source of that size would have; learnable fixed queries keep their own.
+
+        Raises:
+          ValueError: the grid passes the learned tables, or a side is not a multiple of the autoencoder's ratio.
+        """
+        ratio = self.dc_ae.ratio
+        if height % ratio or width % ratio or min(height, width) <= 0:
+            near = [max(ratio, round(side / ratio) * ratio) for side in (height, width)]
+            raise ValueError(
+                f"height and width must be positive multiples of {ratio}, found {height} x {width}; "
+                f"the nearest that works is {near[0]} x {near[1]}"
+            )
+        if self.bridge.queries is QueryKind.LEARNABLE_FIXED:
+            return self.bridge.fixed_grid, self.bridge.fixed_grid
+        return self.source_grid(height, width)

@@ -1,0 +1,176 @@
+"""From a request, or a training example, to the arrays that the model reads; on the host, in numpy.
+
+n source pictures, S source tokens, L prompt tokens.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from wemmu_jax.models.qwen2_5_vl.images import pack_images, patchify, slots_needed
+from wemmu_jax.models.qwen2_5_vl.prompt import PromptEncoder
+from wemmu_jax.models.wemmu.batch import PackedImages, PromptBatch
+from wemmu_jax.models.wemmu.config import Connector, VAEStream, WeMMUConfig
+
+TEXT_LIMIT = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """Static sizes that all buckets of a stage share.
+
+    Attributes:
+      tokens: Q and S: queries, and tokens of one source, are padded to it.
+      slots: window slots of the ViT that one source is padded to.
+    """
+
+    tokens: int
+    slots: int
+
+    @classmethod
+    def of(
+        cls, grids: Sequence[tuple[int, int]], config: WeMMUConfig, *, multiple: int
+    ) -> "Shapes":
+        """What sources and queries on `grids` need, tokens rounded up to a multiple of `multiple`."""
+        longest = max((rows * columns for rows, columns in grids), default=0)
+        return cls(
+            tokens=-(-longest // multiple) * multiple,
+            slots=max((slots_needed(*grid, config.vlm.vision) for grid in grids), default=0),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class RowEncoder:
+    """Tokenises prompts and cuts pictures into patches.
+
+    Attributes:
+      config: of the composed model.
+      prompts: tokenizer and chat template.
+      mean, std: of the ViT's input, for each channel.
+      pixel_limits: fewest and most pixels of a picture in a chat.
+      shapes: static paddings.
+    """
+
+    config: WeMMUConfig
+    prompts: PromptEncoder
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    pixel_limits: tuple[int, int]
+    shapes: Shapes = Shapes(tokens=0, slots=0)
+
+    @classmethod
+    def load(cls, folder: str | pathlib.Path, config: WeMMUConfig) -> "RowEncoder":
+        """Reads tokenizer and normalisation of the VLM from a converted folder."""
+        vlm = pathlib.Path(folder) / "vlm"
+        settings = json.loads((vlm / "preprocessor_config.json").read_text())
+        return cls(
+            config=config,
+            prompts=PromptEncoder.load(vlm),
+            mean=tuple(settings["image_mean"]),
+            std=tuple(settings["image_std"]),
+            pixel_limits=(settings["min_pixels"], settings["max_pixels"]),
+        )
+
+    def sized(self, grids: Sequence[tuple[int, int]], *, multiple: int) -> "RowEncoder":
+        """The same with the paddings that sources and queries on `grids` need."""
+        shapes = Shapes.of(grids, self.config, multiple=multiple)
+        return dataclasses.replace(self, shapes=shapes)
+
+    @property
+    def vae_in_prompt(self) -> bool:
+        """Whether VAE tokens stand in the prompt, after their picture's ViT tokens."""
+        bridge = self.config.bridge
+        return bridge.vae_stream is VAEStream.FROZEN and bridge.connector is not Connector.NONE
+
+    def prompt_length(self, text_length: int, sources: int) -> int:
+        """L of a micro-batch with `sources` pictures a row and texts of at most `text_length` tokens."""
+        return text_length + sources * self.shapes.tokens * (2 if self.vae_in_prompt else 1)
+
+    def prompt(self, text: str, grids: Sequence[tuple[int, int]], *, overflow: str):
+        """The request's prompt: pictures, text, the assistant's header and the opening of a picture."""
+        return self.prompts.encode_user(
+            text,
+            grids,
+            vae_tokens=self.vae_in_prompt,
+            source_tokens=self.shapes.tokens,
+            open_image=True,
+            limit=TEXT_LIMIT,
+            overflow=overflow,
+        )
+
+    def prompt_row(self, prompt, *, text_length: int, sources: int) -> dict[str, np.ndarray]:
+        """One row of `PromptBatch`, and `place` int32[n * S], padded to its static length."""
+        padded = self.prompts.pad(prompt, self.prompt_length(text_length, sources))
+        place = np.full(sources * self.shapes.tokens, -1, np.int32)
+        at = np.flatnonzero(padded.feature_index >= 0)
+        feature = padded.feature_index[at]
+        is_vit = feature < len(place)
+        place[feature[is_vit]] = at[is_vit]
+        return {
+            "tokens": padded.tokens,
+            "feature_index": padded.feature_index,
+            "position_ids": padded.position_ids,
+            "valid": padded.valid,
+            "next_position": np.int32(prompt.next_position),
+            "place": place,
+        }
+
+    def source_sizes(self, grid: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(height, width) in pixels of what the ViT and what the DC-AE reads of a picture on `grid`."""
+        unit, ratio = self.config.vlm.vision.unit, self.config.dc_ae.ratio
+        return (grid[0] * unit, grid[1] * unit), (grid[0] * ratio, grid[1] * ratio)
+
+    def pack(self, images: Sequence[np.ndarray]) -> PackedImages:
+        """uint8[H, W, 3] pictures, sides multiples of the ViT's unit, as the ViT reads them."""
+        vision = self.config.vlm.vision
+        grids = [(i.shape[0] // vision.unit, i.shape[1] // vision.unit) for i in images]
+        patches = [patchify(image, vision, self.mean, self.std) for image in images]
+        return pack_images(
+            patches, grids, vision, slots=self.shapes.slots, tokens=self.shapes.tokens
+        )
+
+    # -- training: what `wemmu_jax.data.pipeline` is given
+
+    def text_length(self, example) -> int:
+        """Prompt tokens of a training example that are text, after the cut to the limit."""
+        grids = [(1, 1)] * len(example.sources)
+        return self._cut_prompt(example.text, tuple(grids)).text_tokens
+
+    def encode_example(self, example, bucket, text_length: int) -> dict[str, np.ndarray]:
+        """One training row: the prompt, the sources on the bucket's grid, the target at the bucket's size."""
+        grid = self.config.source_grid(bucket.height, bucket.width)
+        count = len(example.sources)
+        prompt = self._cut_prompt(example.text, (grid,) * count)
+        row = self.prompt_row(prompt, text_length=text_length, sources=count)
+        row["cut"] = np.int32(prompt.cut)
+        row["target"] = example.target.load(bucket.height, bucket.width)
+        if count:
+            vit_size, vae_size = self.source_sizes(grid)
+            packed = self.pack([source.load(*vit_size) for source in example.sources])
+            row |= {name: getattr(packed, name) for name in IMAGE_FIELDS}
+            row["source_pixels"] = np.stack([source.load(*vae_size) for source in example.sources])
+        return row
+
+    def _cut_prompt(self, text: str, grids: tuple[tuple[int, int], ...]):
+        return self.prompt(text, grids, overflow="cut")
+
+
+IMAGE_FIELDS = tuple(field.name for field in dataclasses.fields(PackedImages))
+PROMPT_FIELDS = tuple(field.name for field in dataclasses.fields(PromptBatch))
+
+
+def prompt_batch(arrays: dict[str, np.ndarray]) -> PromptBatch:
+    """Stacked rows as `PromptBatch`; the position ids' axis of three comes first."""
+    fields = {name: arrays[name] for name in PROMPT_FIELDS}
+    fields["position_ids"] = np.moveaxis(fields["position_ids"], 1, 0)
+    return PromptBatch(**fields)
+
+
+def packed_images(arrays: dict[str, np.ndarray]) -> PackedImages:
+    """Stacked rows [B, n, ...] as [B * n, ...]."""
+    return PackedImages(
+        **{name: arrays[name].reshape(-1, *arrays[name].shape[2:]) for name in IMAGE_FIELDS}
+    )

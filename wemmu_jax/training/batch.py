@@ -1,0 +1,99 @@
+"""A micro-batch on the device: one bucket, one arity. B rows, n source pictures."""
+
+import zlib
+from typing import TypeVar
+
+import flax.struct
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from wemmu_jax.data.pipeline import MicroBatch
+from wemmu_jax.data.tasks import Task
+from wemmu_jax.models.qwen2_5_vl.images import PackedImages
+from wemmu_jax.models.wemmu.batch import PromptBatch
+from wemmu_jax.models.wemmu.inputs import packed_images, prompt_batch
+from wemmu_jax.sharding.rules import replicated, rows_sharding
+
+
+@flax.struct.dataclass
+class Pixels:
+    """What the DC-AE encodes: the target uint8[B, H, W, 3], and for each source uint8[B, 32 gh, 32 gw, 3]."""
+
+    target: jax.Array
+    sources: tuple[jax.Array, ...]
+
+
+@flax.struct.dataclass
+class TrainBatch:
+    """Everything that the loss of one micro-batch reads.
+
+    Attributes:
+      number: uint32[], which micro-batch of the run this is.
+      sample_numbers: uint32[B], global sample numbers; all that is drawn for a row folds them in.
+      picture_ids: uint32[B], equal where two rows draw the same picture.
+      unconditional: bool[B], rows that take no contrastive negative.
+      prompt: B prompts.
+      images: [B * n, ...] for the ViT, or None without sources.
+      place: int32[B, n * S], see `Sources`.
+      target: float32[B, h, w, C], latents of the picture to be drawn; with `source_latents` None until encoded.
+      source_latents: for each of the n pictures float32[B, gh, gw, C].
+      grid: rows and columns of the queries; static.
+      query_tokens: Q, static.
+    """
+
+    number: jax.Array
+    sample_numbers: jax.Array
+    picture_ids: jax.Array
+    unconditional: jax.Array
+    prompt: PromptBatch
+    images: PackedImages | None
+    place: jax.Array
+    target: jax.Array | None
+    source_latents: tuple[jax.Array, ...] | None
+    grid: tuple[int, int] = flax.struct.field(pytree_node=False)
+    query_tokens: int = flax.struct.field(pytree_node=False)
+
+
+def picture_id(key: str) -> int:
+    """A number that names a record's picture."""
+    return zlib.crc32(key.encode())
+
+
+def train_batch(
+    micro_batch: MicroBatch, *, grid: tuple[int, int], query_tokens: int
+) -> tuple[TrainBatch, Pixels]:
+    """This process's rows of a micro-batch, still numpy, and its pictures, not encoded yet."""
+    arrays = micro_batch.arrays
+    batch = TrainBatch(
+        number=np.uint32(micro_batch.number),
+        sample_numbers=np.asarray(micro_batch.sample_numbers, np.uint32),
+        picture_ids=np.asarray([picture_id(key) for key in micro_batch.keys], np.uint32),
+        unconditional=np.asarray([task is Task.UNCOND for task in micro_batch.tasks]),
+        prompt=prompt_batch(arrays),
+        images=packed_images(arrays) if micro_batch.arity else None,
+        place=arrays["place"],
+        target=None,
+        source_latents=None,
+        grid=grid,
+        query_tokens=query_tokens,
+    )
+    sources = tuple(np.moveaxis(arrays["source_pixels"], 1, 0)) if micro_batch.arity else ()
+    return batch, Pixels(arrays["target"], sources)
+
+
+Host = TypeVar("Host", TrainBatch, Pixels)
+
+
+def on_devices(tree: Host, mesh: Mesh) -> Host:
+    """The global arrays of which every process hands in its own rows."""
+
+    def put(path: tuple, leaf: np.ndarray) -> jax.Array:
+        name = path[-1].name if hasattr(path[-1], "name") else ""
+        if name == "number":
+            sharding = replicated(mesh)
+        else:
+            sharding = rows_sharding(mesh, axis=1 if name == "position_ids" else 0)
+        return jax.make_array_from_process_local_data(sharding, leaf)
+
+    return jax.tree_util.tree_map_with_path(put, tree)

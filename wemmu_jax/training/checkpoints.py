@@ -1,0 +1,224 @@
+"""Checkpoints of a run, and how trained weights are laid over converted backbones.
+
+A workdir holds `config.json` (the resolved config), `run.json` (where the run started from) and
+`checkpoints/STEP/`, Orbax checkpoints of the trainable side alone; frozen weights stay in the converted folder,
+which `run.json` names together with its fingerprint.
+"""
+
+import json
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from orbax.checkpoint import v1 as ocp
+
+from wemmu_jax.conversion.memory import flatten, nest
+from wemmu_jax.conversion.weights import Weights
+from wemmu_jax.training.state import TrainState
+
+Sharding = Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding | None] | None
+
+PARAMS, EMA, REST = "params", "ema", "optimizer"
+
+
+def write_json(path: pathlib.Path, value: dict) -> None:
+    """Writes a file in one step, so that it is never seen half there."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=2, default=str) + "\n")
+    os.replace(partial, path)
+
+
+def claim_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict, run: dict) -> None:
+    """Makes the workdir this run's, or checks that it is.
+
+    Raises:
+      ValueError: the workdir belongs to another config, whose differing keys are named, or is in other use.
+    """
+    path = workdir / "config.json"
+    mine = json.loads(config.to_json())
+    if path.exists():
+        theirs = json.loads(path.read_text())
+        differing = [
+            f"{key}: {_get(theirs, key)!r} there, {_get(mine, key)!r} here"
+            for key in sorted({*_keys(mine), *_keys(theirs)})
+            if _get(mine, key) != _get(theirs, key)
+        ]
+        if differing:
+            raise ValueError(
+                f"{workdir} belongs to another config:\n  " + "\n  ".join(differing) + "\n"
+                "Give this run a workdir of its own, or the same config to resume."
+            )
+        return
+    if workdir.exists() and any(workdir.iterdir()):
+        raise ValueError(f"{workdir} is not empty and is no workdir (it has no config.json)")
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_json(workdir / "run.json", run)
+    write_json(path, mine)
+
+
+def _keys(tree: Mapping, prefix: str = "") -> list[str]:
+    return [
+        key
+        for name, node in tree.items()
+        for key in (
+            _keys(node, f"{prefix}{name}.") if isinstance(node, Mapping) else [prefix + name]
+        )
+    ]
+
+
+def _get(tree: Mapping, key: str):
+    for part in key.split("."):
+        if not isinstance(tree, Mapping) or part not in tree:
+            return None
+        tree = tree[part]
+    return tree
+
+
+class Checkpoints:
+    """The Orbax checkpoints of a workdir; step n is the state after n optimizer steps."""
+
+    def __init__(self, workdir: pathlib.Path, *, keep: int | None = None):
+        policies = ocp.training.preservation_policies
+        self._folder = (workdir / "checkpoints").absolute()
+        self._checkpointer = ocp.training.Checkpointer(
+            self._folder,
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=policies.LatestN(keep) if keep else policies.PreserveAll(),
+            cleanup_tmp_directories=keep is not None,
+        )
+
+    @property
+    def latest(self) -> int | None:
+        """The last committed step."""
+        found = self._checkpointer.latest
+        return None if found is None else found.step
+
+    def save(self, state: TrainState) -> None:
+        """Writes the state in the background; nothing is written twice."""
+        step = int(state.step)
+        if step == self.latest:
+            return
+        parts = {PARAMS: state.params, REST: {"opt_state": state.opt_state, "step": state.step}}
+        if state.ema is not None:
+            parts[EMA] = state.ema
+        self._checkpointer.save_checkpointables_async(step, parts)
+
+    def restore(self, abstract: TrainState) -> TrainState:
+        """The latest state, in the shapes, types and shardings of `abstract`."""
+        parts = {
+            PARAMS: abstract.params,
+            REST: {"opt_state": abstract.opt_state, "step": abstract.step},
+        }
+        if abstract.ema is not None:
+            parts[EMA] = abstract.ema
+        found = self._load(parts)
+        return TrainState(params=found[PARAMS], ema=found.get(EMA), **found[REST])
+
+    def params(self, sharding: Sharding = None) -> dict:
+        """The trained weights, or their running mean where there is one."""
+        folder = self._folder / str(self.latest)
+        name = EMA if (folder / EMA).exists() else PARAMS
+        _check_whole(folder / name)
+        abstract = ocp.pytree_metadata(folder, checkpointable_name=name).metadata
+
+        def one(path, leaf) -> jax.ShapeDtypeStruct:
+            spec = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+            place = sharding and sharding("/".join(key.key for key in path), spec)
+            place = place or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+        return self._load({name: jax.tree_util.tree_map_with_path(one, abstract)})[name]
+
+    def _load(self, parts: dict) -> dict:
+        step = self.latest
+        where = self._folder / str(step)
+        for name in parts:
+            _check_whole(where / name)
+        try:
+            return self._checkpointer.load_checkpointables(step, parts)
+        except Exception as error:  # Orbax names everything that it tried, on many lines
+            raise ValueError(f"checkpoint {where} is damaged: {str(error)[:300]}") from error
+
+    def close(self) -> None:
+        """Waits for what is being written."""
+        self._checkpointer.close()
+
+
+def _check_whole(folder: pathlib.Path) -> None:
+    """Raises ValueError naming what is missing of a part of a checkpoint, before Orbax stumbles over it."""
+    wanted = ("_METADATA", "manifest.ocdbt", "d/*", "ocdbt.process_*/manifest.ocdbt")
+    missing = [name for name in wanted if not any(folder.glob(name))]
+    if missing:
+        raise ValueError(
+            f"checkpoint {folder.parent} is not whole: {folder.name} lacks {', '.join(missing)}; remove the "
+            "folder to go on from the checkpoint before"
+        )
+
+
+class Origin:
+    """Where weights come from: a folder that `wemmu convert` wrote, or a workdir and what it started from."""
+
+    def __init__(self, folder: str | pathlib.Path):
+        self.folder = pathlib.Path(folder)
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"no weights: {folder} is not a folder")
+        self.run: dict | None = None
+        self.parent: Origin | None = None
+        if (self.folder / "run.json").exists():
+            self.run = json.loads((self.folder / "run.json").read_text())
+            if Checkpoints(self.folder).latest is None:
+                raise FileNotFoundError(f"no weights: {folder} has no finished checkpoint")
+            self.parent = Origin(self.run["init"])
+            found = self.backbones.fingerprint
+            if found != self.run["fingerprint"]:
+                raise ValueError(
+                    f"{self.folder} was trained on backbones {self.run['fingerprint'][:12]}, but "
+                    f"{self.backbones_folder} holds {found[:12]}"
+                )
+        elif not (self.folder / "wemmu.json").exists():
+            raise FileNotFoundError(
+                f"no weights: {folder} is neither a converted folder (wemmu.json) nor a training workdir "
+                "(run.json)"
+            )
+
+    @property
+    def backbones_folder(self) -> pathlib.Path:
+        """The converted folder at the root."""
+        return self.folder if self.parent is None else self.parent.backbones_folder
+
+    @property
+    def backbones(self) -> Weights:
+        """The converted weights at the root."""
+        return Weights.open(self.backbones_folder)
+
+    @property
+    def bridge(self) -> dict | None:
+        """The bridge config that was trained, None before any training."""
+        return None if self.run is None else self.run["bridge"]
+
+    def trained(self, sharding: Sharding = None) -> dict[str, jax.Array]:
+        """Path -> leaf of everything that training changed so far; a later stage goes over an earlier one."""
+        if self.parent is None:
+            return {}
+        own = Checkpoints(self.folder).params(sharding)
+        return {**self.parent.trained(sharding), **flatten(own)}
+
+    def load(self, *, dtype: Callable[[str], jnp.dtype], sharding: Sharding = None) -> dict:
+        """The whole tree, trained leaves laid over the backbones.
+
+        Args:
+          dtype: path -> the type that the leaf is wanted in.
+          sharding: as in `Weights.load`; every host reads only its own shards.
+        """
+        trained = self.trained(sharding)
+        weights = self.backbones
+        flat = {
+            path: weights.load_leaf(path, dtype=dtype(path), sharding=sharding)
+            for path in weights.specs
+            if path not in trained
+        }
+        cast = {path: leaf.astype(dtype(path)) for path, leaf in trained.items()}
+        return nest({**flat, **cast})

@@ -1,0 +1,65 @@
+"""What a run tells: a line on the terminal, the same numbers in TensorBoard."""
+
+import collections
+import pathlib
+import time
+from collections.abc import Mapping
+
+import numpy as np
+from tensorboardX import SummaryWriter
+
+
+def clock(seconds: float) -> str:
+    """3725.4 -> '1:02:05'."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"
+
+
+def task_means(tasks: list[str], losses: np.ndarray) -> dict[str, float]:
+    """Mean loss of each task among rows float32[N] with their tasks."""
+    rows = collections.defaultdict(list)
+    for task, loss in zip(tasks, losses, strict=True):
+        rows[task].append(loss)
+    return {task: float(np.mean(values)) for task, values in sorted(rows.items())}
+
+
+class Progress:
+    """Counts samples and writes metrics. Only the first process writes; the others stay silent."""
+
+    def __init__(self, workdir: pathlib.Path, *, steps: int, batch: int, start: int, writes: bool):
+        self._writer = SummaryWriter(str(workdir / "tensorboard")) if writes else None
+        self._steps, self._batch = steps, batch
+        self._window = collections.deque([(start, time.perf_counter())], maxlen=21)
+
+    def step(self, step: int, values: Mapping[str, float], *, line: bool) -> None:
+        """Records the metrics of optimizer step `step`; prints them if `line`."""
+        self._window.append((step, time.perf_counter()))
+        (first, began), (last, now) = self._window[0], self._window[-1]
+        speed = (last - first) / max(now - began, 1e-9)
+        left = (self._steps - step) / speed if speed else float("inf")
+        values = {**values, "samples_per_second": speed * self._batch}
+        self.write(step, {f"train/{name}": value for name, value in values.items()})
+        if line and self._writer:
+            print(
+                f"step {step:>6}/{self._steps}  loss {values['loss']:.4f}  "
+                f"grad norm {values['gradient_norm']:.3f}  "
+                f"{values['samples_per_second']:.1f} samples/s  {clock(left)} left",
+                flush=True,
+            )
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Scalars into TensorBoard."""
+        if self._writer:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+
+    def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
+        """A picture uint8[H, W, 3] into TensorBoard."""
+        if self._writer:
+            self._writer.add_image(name, pixels, step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Flushes what is left."""
+        if self._writer:
+            self._writer.close()

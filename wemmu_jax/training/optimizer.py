@@ -1,0 +1,112 @@
+"""Which parameters learn, and how: one ordered table of path patterns, then AdamW."""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+
+import jax
+import optax
+
+from wemmu_jax.conversion.memory import flatten, nest
+
+
+@dataclasses.dataclass(frozen=True)
+class FreezeRule:
+    """Paths that match `pattern` (a regex for `re.match`) learn, or stay as they are."""
+
+    pattern: str
+    trainable: bool
+
+
+def _rule(path: str, table: Sequence[FreezeRule]) -> FreezeRule:
+    for rule in table:
+        if re.match(rule.pattern, path):
+            return rule
+    raise ValueError(f"freezing table: no rule matches {path}")
+
+
+def learns(path: str, table: Sequence[FreezeRule]) -> bool:
+    """Whether the parameter learns: the first rule that matches decides.
+
+    Raises:
+      ValueError: no rule matches.
+    """
+    return _rule(path, table).trainable
+
+
+def split(params: Mapping, table: Sequence[FreezeRule]) -> tuple[dict, dict]:
+    """The trainable and the frozen tree; `merge` puts them together again.
+
+    Raises:
+      ValueError: a parameter that no rule matches, or a rule that decides nothing.
+    """
+    flat = flatten(params)
+    rules = {path: _rule(path, table) for path in flat}
+    if idle := [rule.pattern for rule in table if rule not in rules.values()]:
+        raise ValueError(f"freezing table: {idle} decide for no parameter")
+    trainable = nest({path: leaf for path, leaf in flat.items() if rules[path].trainable})
+    frozen = nest({path: leaf for path, leaf in flat.items() if not rules[path].trainable})
+    return trainable, frozen
+
+
+def merge(first: Mapping, second: Mapping) -> dict:
+    """Two trees without common leaves as one."""
+    return nest({**flatten(first), **flatten(second)})
+
+
+def decayed(params: Mapping) -> dict:
+    """True for matrices; norms, biases and learned tables take no weight decay."""
+    return nest({path: path.endswith("/kernel") for path in flatten(params)})
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay to zero (paper, A.4).
+
+    Attributes:
+      learning_rate: peak.
+      warmup: optimizer steps from 0 to the peak.
+      steps: optimizer steps in all.
+      b1, b2: decay of the moments.
+      weight_decay: on matrices alone.
+      clip: global norm of the gradient, or None.
+    """
+
+    learning_rate: float
+    warmup: int
+    steps: int
+    b1: float = 0.9
+    b2: float = 0.95
+    weight_decay: float = 1e-5
+    clip: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.warmup < self.steps:
+            raise ValueError(f"warm-up of {self.warmup} steps does not fit in {self.steps} steps")
+
+    def schedule(self) -> optax.Schedule:
+        """Optimizer step, from 0 -> learning rate; no step is wasted at a rate of exactly zero."""
+        return optax.warmup_cosine_decay_schedule(
+            init_value=self.learning_rate / (self.warmup + 1),
+            peak_value=self.learning_rate,
+            warmup_steps=self.warmup,
+            decay_steps=self.steps,
+        )
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Clipping, then AdamW."""
+    adamw = optax.adamw(
+        config.schedule(),
+        b1=config.b1,
+        b2=config.b2,
+        weight_decay=config.weight_decay,
+        mask=decayed,
+    )
+    clip = optax.identity() if config.clip is None else optax.clip_by_global_norm(config.clip)
+    return optax.chain(clip, adamw)
+
+
+def count_parameters(tree: Mapping) -> int:
+    """Number of values in all leaves."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))

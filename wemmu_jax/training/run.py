@@ -1,0 +1,162 @@
+"""What a run is built from: config -> weights, data, compiled steps, and what is said about them before step 0."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from jax.sharding import Mesh
+
+from wemmu_jax.conversion.memory import flatten
+from wemmu_jax.data.buckets import make_buckets
+from wemmu_jax.data.pipeline import MicroBatch, MicroBatches
+from wemmu_jax.data.sources import build_feeds
+from wemmu_jax.data.tasks import Task
+from wemmu_jax.models.wemmu.config import WeMMUConfig
+from wemmu_jax.models.wemmu.inputs import RowEncoder
+from wemmu_jax.models.wemmu.modeling import WeMMUModel
+from wemmu_jax.rng import Stream, stream_key
+from wemmu_jax.sharding.mesh import check_rows, make_mesh
+from wemmu_jax.sharding.rules import parameter_shardings
+from wemmu_jax.training.batch import TrainBatch, on_devices, train_batch
+from wemmu_jax.training.checkpoints import Origin
+from wemmu_jax.training.curriculum import Stage
+from wemmu_jax.training.optimizer import count_parameters, learns, split
+from wemmu_jax.training.step import Trainer
+
+
+@dataclasses.dataclass
+class Run:
+    """Everything that the loop needs, built from a config."""
+
+    config: ml_collections.ConfigDict
+    stage: Stage
+    trainer: Trainer
+    origin: Origin
+    encoder: RowEncoder
+    data: MicroBatches
+    held_out: MicroBatches | None
+    trainable: Mapping
+    frozen: Mapping
+
+    def batch(self, micro_batch: MicroBatch) -> TrainBatch:
+        """A micro-batch on the devices, its pictures encoded."""
+        bucket, model, mesh = micro_batch.bucket, self.trainer.model, self.trainer.mesh
+        grid = model.config.query_grid(bucket.height, bucket.width)
+        rows, pixels = train_batch(micro_batch, grid=grid, query_tokens=self.encoder.shapes.tokens)
+        pixels = on_devices(pixels, mesh)
+        encode = functools.partial(self.trainer.encode, {"dc_ae": self.frozen["dc_ae"]})
+        return on_devices(rows, mesh).replace(
+            target=encode(pixels.target), source_latents=tuple(map(encode, pixels.sources))
+        )
+
+
+def prepare(config: ml_collections.ConfigDict) -> Run:
+    """Loads weights and data sets.
+
+    Raises:
+      FileNotFoundError: `config.init` names no weights: a run never starts from random backbones.
+      ValueError: the config, the weights and the data do not fit each other.
+    """
+    stage = Stage.from_config(config)
+    if not config.init:
+        raise FileNotFoundError(
+            "no weights to start from: give --init a folder of `wemmu convert`, or the workdir of the stage before"
+        )
+    origin = Origin(config.init)
+    if origin.bridge is not None and origin.bridge != stage.bridge.to_dict():
+        raise ValueError(
+            f"{config.init} was trained with the bridge {origin.bridge}, the config asks for {stage.bridge.to_dict()}"
+        )
+    model = WeMMUModel(
+        WeMMUConfig.from_folder(origin.backbones_folder, stage.bridge),
+        dtype=stage.dtype,
+        remat=stage.remat,
+    )
+    mesh = make_mesh(fsdp=min(config.mesh.fsdp, jax.device_count()))
+    check_rows(stage.rows, mesh)
+    encoder, data, held_out = _data(config, origin, model.config)
+    trainable, frozen = _weights(origin, model, stage, mesh)
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), trainable)
+    trainer = Trainer(model, stage, mesh, abstract)
+    return Run(config, stage, trainer, origin, encoder, data, held_out, trainable, frozen)
+
+
+def _data(
+    config: ml_collections.ConfigDict, origin: Origin, model: WeMMUConfig
+) -> tuple[RowEncoder, MicroBatches, MicroBatches | None]:
+    fields = config.data
+    buckets = make_buckets(
+        fields.resolution,
+        multiple=model.dc_ae.ratio,
+        count=fields.buckets,
+        max_ratio=fields.max_aspect,
+    )
+    grids = [model.source_grid(b.height, b.width) for b in buckets]
+    grids += [model.query_grid(b.height, b.width) for b in buckets]
+    encoder = RowEncoder.load(origin.backbones_folder, model)
+    encoder = encoder.sized(grids, multiple=fields.pad_multiple)
+    common = functools.partial(
+        MicroBatches,
+        mixture={Task(name): weight for name, weight in fields.mixture.items()},
+        buckets=buckets,
+        seed=config.seed,
+        encode_row=encoder.encode_example,
+        text_length=encoder.text_length,
+        text_lengths=tuple(fields.text_lengths),
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    data = common(feeds=build_feeds(_entries(fields.sources)), rows=config.batch.rows)
+    if not fields.held_out:
+        return encoder, data, None
+    held_out = common(feeds=build_feeds(_entries(fields.held_out)), rows=config.validation_rows)
+    return encoder, data, held_out
+
+
+def _entries(sources: Sequence) -> list[dict]:
+    return [dict(entry) for entry in sources]
+
+
+def _weights(origin: Origin, model: WeMMUModel, stage: Stage, mesh: Mesh) -> tuple[dict, dict]:
+    """Trainable leaves in float32, frozen ones in the compute type, all of them sharded."""
+
+    def dtype(path: str) -> jnp.dtype:
+        return jnp.dtype(jnp.float32) if learns(path, stage.trainable) else stage.dtype
+
+    def sharding(path: str, spec: jax.ShapeDtypeStruct):
+        return flatten(parameter_shardings({path: spec}, mesh))[path]
+
+    params = origin.load(dtype=dtype, sharding=sharding)
+    if origin.bridge is None:
+        key = stream_key(stage.seed, Stream.INIT)
+        shapes = jax.eval_shape(model.init_bridge, key, params["vlm"]["text"])
+        init = jax.jit(model.init_bridge, out_shardings=parameter_shardings(shapes, mesh))
+        params |= init(key, params["vlm"]["text"])
+    return split(params, stage.trainable)
+
+
+def describe(run: Run) -> dict:
+    """What is printed before step 0: parameters of each part, mixture, batch, weights' origin."""
+    parts = {}
+    for name, tree in (("trainable", run.trainable), ("frozen", run.frozen)):
+        for part, leaves in tree.items():
+            parts.setdefault(part, {})[name] = count_parameters(leaves)
+    weights = {name: weight for name, weight in run.config.data.mixture.items() if weight}
+    total = sum(weights.values())
+    paper = run.config.paper
+    return {
+        "weights": str(run.origin.folder),
+        "bridge": "fresh, from the seed" if run.origin.bridge is None else "trained",
+        "parameters": parts,
+        "trainable": count_parameters(run.trainable),
+        "frozen": count_parameters(run.frozen),
+        "mixture": {name: round(weight / total, 4) for name, weight in weights.items()},
+        "batch": f"{run.stage.micro_batches} micro-batches x {run.stage.rows} rows = {run.stage.batch}"
+        f" (the paper: {paper.batch})",
+        "steps": f"{run.stage.optimizer.steps} (the paper: {paper.steps})",
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {jax.process_count()} processes, "
+        f"mesh {dict(run.trainer.mesh.shape)}",
+    }

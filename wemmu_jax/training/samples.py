@@ -1,0 +1,52 @@
+"""A grid of sample pictures: for each task a few held-out requests, what was asked for and what the model drew."""
+
+import pathlib
+from collections.abc import Mapping
+
+import numpy as np
+from PIL import Image
+
+from wemmu_jax.data.tasks import Example, Task
+from wemmu_jax.inference.pipeline import WeMMU
+from wemmu_jax.training.optimizer import merge
+
+ROWS = 4  # pictures of each task
+STEPS = 20
+
+
+def draw_samples(run, params: Mapping, path: pathlib.Path) -> np.ndarray:
+    """Draws, writes a PNG and returns it, uint8[H, W, 3]: a line for each request: sources, target, drawn."""
+    model = WeMMU.from_params(
+        run.trainer.model, merge(params, run.frozen), run.origin.backbones_folder
+    )
+    side = run.config.data.resolution
+    lines = []
+    for task, weight in run.held_out.mixture.items():
+        if weight and task is not Task.UNCOND:
+            examples = run.held_out.examples(task, ROWS)
+            lines += [
+                _line(model, example, side, number) for number, example in enumerate(examples)
+            ]
+    width = max(line.shape[1] for line in lines)
+    grid = np.concatenate(
+        [np.pad(line, ((0, 4), (0, width - line.shape[1]), (0, 0))) for line in lines]
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(grid).save(path)
+    return grid
+
+
+def _line(model: WeMMU, example: Example, side: int, number: int) -> np.ndarray:
+    sources = [Image.fromarray(source.load(side, side)) for source in example.sources]
+    common = {"height": side, "width": side, "seed": number, "steps": STEPS}
+    match example.task:
+        case Task.T2I:
+            drawn = model.generate(example.text, **common)[0]
+        case Task.REC:
+            drawn = model.reconstruct(sources[0], **common)
+        case Task.S_EDIT:
+            drawn = model.edit(sources[0], example.text, **common)
+        case Task.M_EDIT:
+            drawn = model.compose(sources, example.text, **common)
+    pictures = [*sources, example.target.load(side, side), drawn]
+    return np.concatenate([np.asarray(picture) for picture in pictures], axis=1)

@@ -1,0 +1,193 @@
+"""One optimizer step: K times `accumulate`, once `update`. B rows of a micro-batch, C channels."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from wemmu_jax.diffusion.flow import TIMESTEPS, draw_flow_noise, draw_sigma, noised, target_velocity
+from wemmu_jax.diffusion.losses import (
+    contrastive_flow_matching,
+    flow_matching,
+    negatives,
+    partners,
+)
+from wemmu_jax.models.wemmu.batch import Sources
+from wemmu_jax.models.wemmu.modeling import WeMMUModel
+from wemmu_jax.models.wemmu.queries import draw_noise
+from wemmu_jax.sharding.rules import parameter_shardings, replicated, rows_sharding
+from wemmu_jax.training.batch import TrainBatch
+from wemmu_jax.training.curriculum import Loss, Stage
+from wemmu_jax.training.optimizer import make_optimizer, merge
+from wemmu_jax.training.state import TrainState
+
+
+def predicted_velocity(
+    model: WeMMUModel,
+    params: Mapping,
+    batch: TrainBatch,
+    *,
+    noisy: jax.Array,
+    sigma: jax.Array,
+    seed: int,
+) -> tuple[jax.Array, jax.Array | None]:
+    """read, write, paint: the velocity float32[B, h, w, C], and the connector's own loss float32[B] if it has one."""
+    sources = None
+    if batch.images is not None:
+        sources = Sources(batch.images, batch.place, batch.source_latents)
+    context = model.read(params, batch.prompt, sources)
+    noise = draw_noise(seed, batch.sample_numbers, grid=batch.grid, width=model.width)
+    condition = model.write(
+        params, context, noise, grid=batch.grid, query_tokens=batch.query_tokens
+    )
+    velocity = model.paint(params, noisy, TIMESTEPS * sigma, condition)
+    return velocity, context.distillation
+
+
+def row_losses(
+    model: WeMMUModel, stage: Stage, params: Mapping, batch: TrainBatch
+) -> tuple[jax.Array, jax.Array]:
+    """float32[B] what is minimised, and float32[B] the plain flow matching part of it, for logs."""
+    clean = batch.target
+    noise = draw_flow_noise(stage.seed, batch.sample_numbers, clean.shape[1:])
+    sigma = draw_sigma(stage.seed, batch.sample_numbers, law=stage.time_law, shift=stage.shift)
+    velocity, distillation = predicted_velocity(
+        model, params, batch, noisy=noised(clean, noise, sigma), sigma=sigma, seed=stage.seed
+    )
+    target = target_velocity(clean, noise)
+    plain = flow_matching(velocity, target)
+    losses = plain
+    if stage.loss is Loss.CONTRASTIVE:
+        by = partners(stage.seed, batch.number, len(plain))
+        negative, contrasted = negatives(target, batch.picture_ids, batch.unconditional, by)
+        losses = contrastive_flow_matching(
+            velocity, target, negative, contrasted=contrasted, weight=stage.contrast
+        )
+    if distillation is not None:
+        losses = losses + stage.bridge.distillation * distillation
+    return losses, plain
+
+
+def validation_losses(
+    model: WeMMUModel, stage: Stage, params: Mapping, batch: TrainBatch
+) -> jax.Array:
+    """float32[B]: flow matching at fixed times, spread evenly over the rows, and fixed noise."""
+    clean = batch.target
+    noise = draw_flow_noise(stage.seed, batch.sample_numbers, clean.shape[1:])
+    sigma = (jnp.arange(len(clean), dtype=jnp.float32) + 0.5) / len(clean)
+    velocity, _ = predicted_velocity(
+        model, params, batch, noisy=noised(clean, noise, sigma), sigma=sigma, seed=stage.seed
+    )
+    return flow_matching(velocity, target_velocity(clean, noise))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trainer:
+    """The compiled functions of a stage. Every array that they return has a pinned sharding.
+
+    Attributes:
+      model: the parts.
+      stage: the settings.
+      mesh: the devices.
+      abstract: shapes and types of the trainable tree.
+    """
+
+    model: WeMMUModel
+    stage: Stage
+    mesh: Mesh
+    abstract: Mapping
+
+    @functools.cached_property
+    def optimizer(self) -> optax.GradientTransformation:
+        """AdamW of the stage."""
+        return make_optimizer(self.stage.optimizer)
+
+    @functools.cached_property
+    def _param_shardings(self) -> Mapping:
+        return parameter_shardings(self.abstract, self.mesh)
+
+    @functools.cached_property
+    def _state_shardings(self) -> TrainState:
+        return parameter_shardings(jax.eval_shape(self._create, self.abstract), self.mesh)
+
+    def _create(self, params: Mapping) -> TrainState:
+        return TrainState.create(params, self.optimizer, ema=self.stage.ema > 0)
+
+    @functools.cached_property
+    def init_state(self):
+        """params -> a fresh state around them, which owns them from now on."""
+        return jax.jit(self._create, out_shardings=self._state_shardings, donate_argnums=0)
+
+    @functools.cached_property
+    def zero_gradients(self):
+        """() -> zeros in the form of the trainable tree."""
+
+        def zeros() -> Mapping:
+            return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.abstract)
+
+        return jax.jit(zeros, out_shardings=self._param_shardings)
+
+    @functools.cached_property
+    def encode(self):
+        """(frozen, uint8[B, H, W, 3]) -> latents float32[B, h, w, C].
+
+        A program of its own, because it does not depend on the micro-batch's arity, and because latents may as
+        well come from a cache.
+        """
+        return jax.jit(self.model.encode, out_shardings=rows_sharding(self.mesh))
+
+    @functools.cached_property
+    def accumulate(self):
+        """(gradients, params, frozen, batch) -> (gradients + 1/K of this micro-batch's, losses [B], plain [B]).
+
+        The gradients handed in are donated.
+        """
+
+        def loss(params: Mapping, frozen: Mapping, batch: TrainBatch):
+            losses, plain = row_losses(self.model, self.stage, merge(params, frozen), batch)
+            return jnp.mean(losses) / self.stage.micro_batches, (losses, plain)
+
+        def step(gradients: Mapping, params: Mapping, frozen: Mapping, batch: TrainBatch):
+            new, (losses, plain) = jax.grad(loss, has_aux=True)(params, frozen, batch)
+            return jax.tree.map(jnp.add, gradients, new), losses, plain
+
+        everywhere = replicated(self.mesh)
+        shardings = (self._param_shardings, everywhere, everywhere)
+        return jax.jit(step, donate_argnums=0, out_shardings=shardings)
+
+    @functools.cached_property
+    def update(self):
+        """(state, gradients) -> (new state, gradient norm float32[]); the state is donated.
+
+        A gradient that is not finite changes nothing but the step: the caller sees the norm and stops the run.
+        """
+
+        def apply(state: TrainState, gradients: Mapping) -> TrainState:
+            updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            ema = state.ema
+            if ema is not None:
+                ema = optax.incremental_update(params, ema, 1 - self.stage.ema)
+            return state.replace(params=params, opt_state=opt_state, ema=ema)
+
+        def step(state: TrainState, gradients: Mapping) -> tuple[TrainState, jax.Array]:
+            norm = optax.global_norm(gradients)
+            finite = jnp.isfinite(norm)
+            state = jax.lax.cond(finite, apply, lambda state, _: state, state, gradients)
+            return state.replace(step=state.step + 1), norm
+
+        shardings = (self._state_shardings, replicated(self.mesh))
+        return jax.jit(step, donate_argnums=0, out_shardings=shardings)
+
+    @functools.cached_property
+    def validate(self):
+        """(params, frozen, batch) -> float32[B], see `validation_losses`."""
+
+        def losses(params: Mapping, frozen: Mapping, batch: TrainBatch) -> jax.Array:
+            return validation_losses(self.model, self.stage, merge(params, frozen), batch)
+
+        return jax.jit(losses, out_shardings=replicated(self.mesh))
