@@ -1,0 +1,134 @@
+"""Compositions of two scenes: the first is the base, the second lends something to it."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
+from wemmu_jax.miniworld.edits import Change
+from wemmu_jax.miniworld.language import Phrases, at_place, refer
+from wemmu_jax.miniworld.scene import MAX_OBJECTS, Scene, Split, choose, draw_scene
+
+Combiner = Callable[[Scene, Scene, np.random.Generator], Change | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Composition:
+    """`instruction` leads from the two `sources` to `target`."""
+
+    kind: str
+    instruction: str
+    sources: tuple[Scene, Scene]
+    target: Scene
+
+
+def _replace(first: Scene, second: Scene, rng: np.random.Generator) -> Change | None:
+    item, lent = choose(rng, first.objects), choose(rng, second.objects)
+    if item.name == lent.name:
+        return None
+    new = replace(item, shape=lent.shape, colour=lent.colour)
+    words = {"it": refer(first, item, rng), "lent": refer(second, lent, rng)}
+    return Change(first.exchange(item, new), words)
+
+
+def _add(first: Scene, second: Scene, rng: np.random.Generator) -> Change | None:
+    if len(first.objects) == MAX_OBJECTS:
+        return None
+    lent, place = choose(rng, second.objects), choose(rng, first.free_places)
+    words = {"lent": refer(second, lent, rng), "at_place": at_place(place)}
+    return Change(first.add(replace(lent, place=place, offset=(0.0, 0.0))), words)
+
+
+def _recolour(first: Scene, second: Scene, rng: np.random.Generator) -> Change | None:
+    item, lent = choose(rng, first.objects), choose(rng, second.objects)
+    if item.colour == lent.colour:
+        return None
+    words = {"it": refer(first, item, rng), "lent": refer(second, lent, rng)}
+    return Change(first.exchange(item, replace(item, colour=lent.colour)), words)
+
+
+def _background(first: Scene, second: Scene, rng: np.random.Generator) -> Change | None:
+    if first.background == second.background:
+        return None
+    return Change(replace(first, background=second.background), {})
+
+
+def _merge(first: Scene, second: Scene, rng: np.random.Generator) -> Change | None:
+    objects = (*first.objects, *second.objects)
+    if len(objects) > MAX_OBJECTS or len({item.place for item in objects}) < len(objects):
+        return None
+    return Change(first.add(*second.objects), {})
+
+
+KINDS: dict[str, tuple[Combiner, Phrases]] = {
+    "replace": (
+        _replace,
+        Phrases(
+            (
+                "replace {it} in the first image with {lent} of the second",
+                "put {lent} of the second image in place of {it} of the first",
+                "in the first image, change {it} into {lent} of the second image",
+            ),
+            ("in the first image, replace {it} with {lent} of the second image",),
+        ),
+    ),
+    "add": (
+        _add,
+        Phrases(
+            (
+                "add {lent} of the second image to the first, {at_place}",
+                "put {lent} of the second image into the first image {at_place}",
+                "draw the first image and add {lent} of the second {at_place}",
+            ),
+            ("add {lent} of the second image {at_place} of the first",),
+        ),
+    ),
+    "recolour": (
+        _recolour,
+        Phrases(
+            (
+                "paint {it} of the first image in the colour of {lent} in the second",
+                "give {it} in the first image the colour of {lent} of the second image",
+                "in the first image, {it} takes the colour of {lent} in the second",
+            ),
+            ("change {it} of the first image to the colour of {lent} in the second",),
+        ),
+    ),
+    "background": (
+        _background,
+        Phrases(
+            (
+                "give the first image the background of the second",
+                "put all shapes of the first image on the background of the second image",
+                "draw the first image with the background of the second",
+            ),
+            ("draw all shapes of the first image on the background of the second",),
+        ),
+    ),
+    "merge": (
+        _merge,
+        Phrases(
+            (
+                "put all shapes of both images on the background of the first",
+                "add all shapes of the second image to the first",
+                "draw the shapes of both images on the background of the first image",
+            ),
+            ("put the shapes of the second image into the first image",),
+        ),
+    ),
+}
+
+
+def draw_composition(
+    rng: np.random.Generator, split: Split, kind: str | None = None
+) -> Composition:
+    """A composition of `kind` (any, if None) whose three scenes are of `split`, in a wording of `split`."""
+    kind = kind or choose(rng, KINDS)
+    combiner, phrases = KINDS[kind]
+    while True:
+        first, second = draw_scene(rng, split), draw_scene(rng, split)
+        change = combiner(first, second, rng)
+        if change and change.target.split == split:
+            text = phrases.draw(rng, split).format(**change.words)
+            return Composition(kind, text, (first, second), change.target)

@@ -1,0 +1,159 @@
+"""Edits of one scene: an instruction and what it leads to.
+
+An instruction refers to exactly one object, and its target follows from it and the source alone: what is
+replaced or moved keeps its small offset, what is added stands in the middle of its place.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+
+from wemmu_jax.miniworld.language import Phrases, at_place, refer, with_article
+from wemmu_jax.miniworld.scene import (
+    BACKGROUNDS,
+    COLOURS,
+    MAX_OBJECTS,
+    SHAPES,
+    Object,
+    Scene,
+    Split,
+    choose,
+    draw_scene,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Edit:
+    """`instruction` leads from `source` to `target`."""
+
+    kind: str
+    instruction: str
+    source: Scene
+    target: Scene
+
+
+class Change(NamedTuple):
+    """A target and the words that fill the instruction's blanks."""
+
+    target: Scene
+    words: dict[str, str]
+
+
+Changer = Callable[[Scene, np.random.Generator], Change | None]
+
+
+def other(rng: np.random.Generator, options, than: str) -> str:
+    """One of `options` that is not `than`."""
+    return choose(rng, [option for option in options if option != than])
+
+
+def _recolour(scene: Scene, rng: np.random.Generator) -> Change:
+    item = choose(rng, scene.objects)
+    colour = other(rng, COLOURS, item.colour)
+    words = {"it": refer(scene, item, rng), "colour": colour}
+    return Change(scene.exchange(item, replace(item, colour=colour)), words)
+
+
+def _remove(scene: Scene, rng: np.random.Generator) -> Change | None:
+    if len(scene.objects) == 1:
+        return None
+    item = choose(rng, scene.objects)
+    return Change(scene.without(item), {"it": refer(scene, item, rng)})
+
+
+def _add(scene: Scene, rng: np.random.Generator) -> Change | None:
+    if len(scene.objects) == MAX_OBJECTS:
+        return None
+    item = Object(choose(rng, SHAPES), choose(rng, COLOURS), choose(rng, scene.free_places))
+    words = {"new": with_article(item.name), "at_place": at_place(item.place)}
+    return Change(scene.add(item), words)
+
+
+def _replace(scene: Scene, rng: np.random.Generator) -> Change:
+    item = choose(rng, scene.objects)
+    new = replace(item, shape=other(rng, SHAPES, item.shape))
+    words = {
+        "it": refer(scene, item, rng),
+        "shape": with_article(new.shape),
+        "new": with_article(new.name),
+    }
+    return Change(scene.exchange(item, new), words)
+
+
+def _move(scene: Scene, rng: np.random.Generator) -> Change:
+    item = choose(rng, scene.objects)
+    place = choose(rng, scene.free_places)
+    words = {"it": refer(scene, item, rng), "place": f"the {place}"}
+    return Change(scene.exchange(item, replace(item, place=place)), words)
+
+
+def _background(scene: Scene, rng: np.random.Generator) -> Change:
+    background = other(rng, BACKGROUNDS, scene.background)
+    words = {"colour": background, "background": with_article(background)}
+    return Change(replace(scene, background=background), words)
+
+
+KINDS: dict[str, tuple[Changer, Phrases]] = {
+    "recolour": (
+        _recolour,
+        Phrases(
+            ("make {it} {colour}", "change the colour of {it} to {colour}", "turn {it} {colour}"),
+            ("paint {it} {colour}",),
+        ),
+    ),
+    "remove": (
+        _remove,
+        Phrases(("remove {it}", "delete {it}", "take {it} away"), ("take away {it}",)),
+    ),
+    "add": (
+        _add,
+        Phrases(
+            ("add {new} {at_place}", "put {new} {at_place}", "{at_place}, add {new}"),
+            ("draw {new} {at_place}",),
+        ),
+    ),
+    "replace": (
+        _replace,
+        Phrases(
+            ("replace {it} with {new}", "turn {it} into {shape}", "change {it} to {shape}"),
+            ("change {it} into {shape}",),
+        ),
+    ),
+    "move": (
+        _move,
+        Phrases(
+            ("move {it} to {place}", "put {it} to {place}", "take {it} to {place}"),
+            ("change the place of {it} to {place}",),
+        ),
+    ),
+    "background": (
+        _background,
+        Phrases(
+            (
+                "make the background {colour}",
+                "change the background to {colour}",
+                "replace the background with {background} background",
+                "draw it on {background} background",
+                "paint the background {colour}",
+                "put it on {background} background",
+            ),
+            ("turn the background {colour}", "change the colour of the background to {colour}"),
+        ),
+    ),
+}
+
+
+def draw_edit(rng: np.random.Generator, split: Split, kind: str | None = None) -> Edit:
+    """An edit of `kind` (any, if None) whose source and target are of `split`, in a wording of `split`."""
+    kind = kind or choose(rng, KINDS)
+    changer, phrases = KINDS[kind]
+    while True:
+        source = draw_scene(rng, split)
+        change = changer(source, rng)
+        if change and change.target.split == split:
+            return Edit(
+                kind, phrases.draw(rng, split).format(**change.words), source, change.target
+            )

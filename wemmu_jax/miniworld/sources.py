@@ -1,0 +1,69 @@
+"""Miniworld as record sources for training: nothing is stored, each record is drawn when it is asked for."""
+
+import functools
+from typing import Literal
+
+import numpy as np
+
+from wemmu_jax.data.records import Picture, Record
+from wemmu_jax.miniworld.compositions import draw_composition
+from wemmu_jax.miniworld.edits import draw_edit
+from wemmu_jax.miniworld.language import caption
+from wemmu_jax.miniworld.renderer import render
+from wemmu_jax.miniworld.scene import SPLITS, Scene, Split, draw_scene
+
+Kind = Literal["caption", "edit", "composition"]
+Drawn = tuple[str, tuple[Scene, ...], Scene]  # text, sources, target
+
+
+def _caption(rng: np.random.Generator, split: Split) -> Drawn:
+    scene = draw_scene(rng, split)
+    return caption(scene, rng, split), (), scene
+
+
+def _edit(rng: np.random.Generator, split: Split) -> Drawn:
+    edit = draw_edit(rng, split)
+    return edit.instruction, (edit.source,), edit.target
+
+
+def _composition(rng: np.random.Generator, split: Split) -> Drawn:
+    composition = draw_composition(rng, split)
+    return composition.instruction, composition.sources, composition.target
+
+
+_DRAW = {"caption": _caption, "edit": _edit, "composition": _composition}
+KINDS: tuple[Kind, ...] = tuple(_DRAW)
+
+
+def _picture(scene: Scene) -> Picture:
+    return Picture(None, None, functools.partial(render, scene))
+
+
+class MiniworldSource:
+    """`size` records of one kind. Record i is a pure function of (kind, seed, split, i); two splits share no
+    scene and no wording, whatever their seeds."""
+
+    def __init__(self, kind: Kind, *, seed: int, size: int, split: Split):
+        """Raises ValueError for an unknown kind or split."""
+        for name, value, known in (("kind", kind, KINDS), ("split", split, SPLITS)):
+            if value not in known:
+                raise ValueError(
+                    f"miniworld {name}: expected one of {', '.join(known)}, found {value!r}"
+                )
+        self.kind, self.seed, self.size, self.split = kind, seed, size, split
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Record:
+        if not 0 <= index < self.size:
+            raise IndexError(f"record {index} of a miniworld source of {self.size}")
+        stream = KINDS.index(self.kind) * len(SPLITS) + SPLITS.index(self.split)
+        rng = np.random.default_rng([self.seed, int(index), stream])
+        text, sources, target = _DRAW[self.kind](rng, self.split)
+        key = f"miniworld/{self.kind}/{self.split}/{self.seed}/{index}"
+        return Record(key, text, tuple(map(_picture, sources)), _picture(target))
+
+    def sizes(self) -> None:
+        """A miniworld picture can be had at any size."""
+        return None
