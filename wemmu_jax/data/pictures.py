@@ -36,11 +36,20 @@ def open_picture(data: bytes | str | pathlib.Path, *, name: str) -> Image.Image:
     try:
         with _open(data, name) as image:
             image.load()
-            return _rgb(ImageOps.exif_transpose(image), name)
+            return upright_rgb(image, name=name)
     except (FileNotFoundError, _PictureError):
         raise
     except Exception as error:  # PIL's plugins raise nearly anything on bytes that are not theirs
         raise _PictureError(f"{name}: cannot be decoded: {error}") from error
+
+
+def upright_rgb(image: Image.Image, *, name: str) -> Image.Image:
+    """A picture that is open already, as `open_picture` gives it.
+
+    Raises:
+      ValueError: its pixels have no fixed range.
+    """
+    return _rgb(ImageOps.exif_transpose(image), name)
 
 
 def picture_size(data: bytes | str | pathlib.Path, *, name: str) -> tuple[int, int]:

@@ -5,10 +5,13 @@ A workdir holds `config.json` (the resolved config), `run.json` (where the run s
 which `run.json` names together with its fingerprint.
 """
 
+import contextlib
+import fcntl
+import functools
 import json
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -31,32 +34,69 @@ def write_json(path: pathlib.Path, value: dict) -> None:
     os.replace(partial, path)
 
 
-def claim_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict, run: dict) -> None:
-    """Makes the workdir this run's, or checks that it is.
+def check_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
+    """Changes nothing.
 
     Raises:
       ValueError: the workdir belongs to another config, whose differing keys are named, or is in other use.
     """
     path = workdir / "config.json"
-    mine = json.loads(config.to_json())
     if path.exists():
-        theirs = json.loads(path.read_text())
-        differing = [
-            f"{key}: {_get(theirs, key)!r} there, {_get(mine, key)!r} here"
-            for key in sorted({*_keys(mine), *_keys(theirs)})
-            if _get(mine, key) != _get(theirs, key)
-        ]
-        if differing:
+        other = differences(json.loads(path.read_text()), json.loads(config.to_json()))
+        if other:
             raise ValueError(
-                f"{workdir} belongs to another config:\n  " + "\n  ".join(differing) + "\n"
+                f"{workdir} belongs to another config:\n  " + "\n  ".join(other) + "\n"
                 "Give this run a workdir of its own, or the same config to resume."
             )
-        return
-    if workdir.exists() and any(workdir.iterdir()):
+    elif workdir.exists() and not workdir.is_dir():
+        raise ValueError(f"{workdir} is a file; expected a folder, or a name that is free")
+    elif workdir.exists() and {file.name for file in workdir.iterdir()} - {"run.json"}:
         raise ValueError(f"{workdir} is not empty and is no workdir (it has no config.json)")
+
+
+def claim_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict, run: dict) -> None:
+    """Makes the workdir this run's, or checks that it is.
+
+    Args:
+      workdir: the folder.
+      config: the resolved config.
+      run: where the run starts from: `init`, `init_step`, `fingerprint`, `bridge`.
+
+    Raises:
+      ValueError: as `check_workdir`, or the weights that the run started from are others by now.
+    """
+    check_workdir(workdir, config)
+    if (workdir / "config.json").exists():
+        if other := differences(json.loads((workdir / "run.json").read_text()), run):
+            raise ValueError(f"{workdir} started from other weights:\n  " + "\n  ".join(other))
+        return
     workdir.mkdir(parents=True, exist_ok=True)
     write_json(workdir / "run.json", run)
-    write_json(path, mine)
+    write_json(workdir / "config.json", json.loads(config.to_json()))
+
+
+@contextlib.contextmanager
+def only_run(workdir: pathlib.Path) -> Iterator[None]:
+    """Holds the workdir's lock, which the system drops when the process ends, however it ends.
+
+    Raises:
+      ValueError: another run holds it.
+    """
+    with (workdir / "lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{workdir}: another run is at work here") from None
+        yield
+
+
+def differences(theirs: Mapping, mine: Mapping) -> list[str]:
+    """A line for each key of two nested dicts that is not the same in both."""
+    return [
+        f"{key}: {_get(theirs, key)!r} there, {_get(mine, key)!r} here"
+        for key in sorted({*_keys(mine), *_keys(theirs)})
+        if _get(mine, key) != _get(theirs, key)
+    ]
 
 
 def _keys(tree: Mapping, prefix: str = "") -> list[str]:
@@ -114,12 +154,12 @@ class Checkpoints:
         }
         if abstract.ema is not None:
             parts[EMA] = abstract.ema
-        found = self._load(parts)
+        found = self._load(self.latest, parts)
         return TrainState(params=found[PARAMS], ema=found.get(EMA), **found[REST])
 
-    def params(self, sharding: Sharding = None) -> dict:
-        """The trained weights, or their running mean where there is one."""
-        folder = self._folder / str(self.latest)
+    def params(self, step: int, sharding: Sharding = None) -> dict:
+        """The trained weights of a step, or their running mean where there is one."""
+        folder = self._folder / str(step)
         name = EMA if (folder / EMA).exists() else PARAMS
         _check_whole(folder / name)
         abstract = ocp.pytree_metadata(folder, checkpointable_name=name).metadata
@@ -130,10 +170,9 @@ class Checkpoints:
             place = place or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
-        return self._load({name: jax.tree_util.tree_map_with_path(one, abstract)})[name]
+        return self._load(step, {name: jax.tree_util.tree_map_with_path(one, abstract)})[name]
 
-    def _load(self, parts: dict) -> dict:
-        step = self.latest
+    def _load(self, step: int, parts: dict) -> dict:
         where = self._folder / str(step)
         for name in parts:
             _check_whole(where / name)
@@ -161,17 +200,26 @@ def _check_whole(folder: pathlib.Path) -> None:
 class Origin:
     """Where weights come from: a folder that `wemmu convert` wrote, or a workdir and what it started from."""
 
-    def __init__(self, folder: str | pathlib.Path):
+    def __init__(self, folder: str | pathlib.Path, *, step: int | None = None):
+        """`step`: of which checkpoint of a workdir; the latest by default.
+
+        Raises:
+          FileNotFoundError: there are no weights there.
+          ValueError: they are not whole, or not those that training went on from.
+        """
         self.folder = pathlib.Path(folder)
+        self.step: int | None = None
         if not self.folder.is_dir():
             raise FileNotFoundError(f"no weights: {folder} is not a folder")
         self.run: dict | None = None
         self.parent: Origin | None = None
         if (self.folder / "run.json").exists():
             self.run = json.loads((self.folder / "run.json").read_text())
-            if Checkpoints(self.folder).latest is None:
-                raise FileNotFoundError(f"no weights: {folder} has no finished checkpoint")
-            self.parent = Origin(self.run["init"])
+            self.step = Checkpoints(self.folder).latest if step is None else step
+            if self.step is None or not (self.folder / f"checkpoints/{self.step}").exists():
+                which = "finished checkpoint" if step is None else f"checkpoint {step} any more"
+                raise FileNotFoundError(f"no weights: {folder} has no {which}")
+            self.parent = Origin(self.run["init"], step=self.run.get("init_step"))
             found = self.backbones.fingerprint
             if found != self.run["fingerprint"]:
                 raise ValueError(
@@ -189,7 +237,7 @@ class Origin:
         """The converted folder at the root."""
         return self.folder if self.parent is None else self.parent.backbones_folder
 
-    @property
+    @functools.cached_property
     def backbones(self) -> Weights:
         """The converted weights at the root."""
         return Weights.open(self.backbones_folder)
@@ -199,11 +247,19 @@ class Origin:
         """The bridge config that was trained, None before any training."""
         return None if self.run is None else self.run["bridge"]
 
+    def described(self) -> dict:
+        """What a run that starts here writes down about it."""
+        return {
+            "init": str(self.folder.absolute()),
+            "init_step": self.step,
+            "fingerprint": self.backbones.fingerprint,
+        }
+
     def trained(self, sharding: Sharding = None) -> dict[str, jax.Array]:
         """Path -> leaf of everything that training changed so far; a later stage goes over an earlier one."""
         if self.parent is None:
             return {}
-        own = Checkpoints(self.folder).params(sharding)
+        own = Checkpoints(self.folder).params(self.step, sharding)
         return {**self.parent.trained(sharding), **flatten(own)}
 
     def load(self, *, dtype: Callable[[str], jnp.dtype], sharding: Sharding = None) -> dict:

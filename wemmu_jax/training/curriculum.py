@@ -8,8 +8,9 @@ import dataclasses
 import enum
 import importlib.util
 import json
+import math
 import pathlib
-from typing import Any
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 import ml_collections
@@ -28,6 +29,24 @@ class Loss(enum.StrEnum):
 
     FLOW_MATCHING = "flow_matching"  # Eq. 3
     CONTRASTIVE = "contrastive"  # Eq. 4
+
+
+class DType(enum.StrEnum):
+    """The type of frozen weights and of the large products."""
+
+    BFLOAT16 = "bfloat16"
+    FLOAT32 = "float32"
+
+
+_Choice = TypeVar("_Choice", bound=enum.StrEnum)
+
+
+def _choice(kind: type[_Choice], key: str, value: str) -> _Choice:
+    try:
+        return kind(value)
+    except ValueError:
+        choices = [member.value for member in kind]
+        raise ValueError(f"{key}={value!r}; expected one of {choices}") from None
 
 
 def base_config() -> ml_collections.ConfigDict:
@@ -131,10 +150,13 @@ def _like(old: Any, text: Any) -> Any:
         return text
     if isinstance(old, ml_collections.ConfigDict):
         raise ValueError("expected a single value, found a group of keys")
-    value = json.loads(text.lower() if isinstance(old, bool) else text)
+    try:
+        value = json.loads(text.lower() if isinstance(old, bool) else text)
+    except json.JSONDecodeError:
+        raise ValueError(f"expected {type(old).__name__}") from None
     if isinstance(old, tuple):
         return tuple(value)
-    if isinstance(old, float) and isinstance(value, int):
+    if isinstance(old, float) and type(value) is int:
         return float(value)
     if type(value) is not type(old):
         raise ValueError(f"expected {type(old).__name__}, found {type(value).__name__}")
@@ -168,17 +190,31 @@ class Stage:
     @classmethod
     def from_config(cls, config: ml_collections.ConfigDict) -> "Stage":
         """Raises ValueError naming a field that makes no sense."""
-        fields = config.optimizer
-        clip = fields.clip or None
-        if config.loss.kind == Loss.CONTRASTIVE and config.batch.rows < 2:
+        fields, loss = config.optimizer, config.loss
+        kind = _choice(Loss, "loss.kind", loss.kind)
+        if min(config.batch.rows, config.batch.micro_batches) < 1:
+            raise ValueError(
+                f"batch.rows and batch.micro_batches must be positive, found {config.batch}"
+            )
+        if kind is Loss.CONTRASTIVE and config.batch.rows < 2:
             raise ValueError("loss.kind=contrastive needs batch.rows >= 2, found 1")
+        if kind is Loss.CONTRASTIVE and not 0 <= loss.contrast < 1:
+            raise ValueError(
+                f"loss.contrast must be at least 0 and below 1, or the loss has no minimum; found {loss.contrast}"
+            )
+        if not 0 < loss.shift < math.inf:
+            raise ValueError(f"loss.shift must be positive, found {loss.shift}")
+        if not 0 < fields.learning_rate < math.inf:
+            raise ValueError(
+                f"optimizer.learning_rate must be positive, found {fields.learning_rate}"
+            )
         if not 0 <= fields.ema < 1:
             raise ValueError(f"optimizer.ema must be 0 (off) or below 1, found {fields.ema}")
         return cls(
             name=config.name,
             seed=config.seed,
             bridge=BridgeConfig.from_dict(config.model.bridge.to_dict()),
-            dtype=jnp.dtype(config.model.dtype),
+            dtype=jnp.dtype(_choice(DType, "model.dtype", config.model.dtype)),
             remat=config.model.remat,
             rows=config.batch.rows,
             micro_batches=config.batch.micro_batches,
@@ -187,12 +223,12 @@ class Stage:
                 warmup=fields.warmup,
                 steps=fields.steps,
                 weight_decay=fields.weight_decay,
-                clip=clip,
+                clip=fields.clip or None,
             ),
             ema=fields.ema,
-            loss=Loss(config.loss.kind),
-            contrast=config.loss.contrast,
-            time_law=TimeLaw(config.loss.time_law),
-            shift=config.loss.shift,
+            loss=kind,
+            contrast=loss.contrast,
+            time_law=_choice(TimeLaw, "loss.time_law", loss.time_law),
+            shift=loss.shift,
             trainable=tuple(FreezeRule(*rule) for rule in config.trainable),
         )

@@ -1,6 +1,7 @@
-"""What a run tells: a line on the terminal, the same numbers in TensorBoard."""
+"""What a run tells: a line on the terminal, the same numbers in TensorBoard and in `metrics.jsonl`."""
 
 import collections
+import json
 import pathlib
 import time
 from collections.abc import Mapping
@@ -28,7 +29,10 @@ class Progress:
     """Counts samples and writes metrics. Only the first process writes; the others stay silent."""
 
     def __init__(self, workdir: pathlib.Path, *, steps: int, batch: int, start: int, writes: bool):
-        self._writer = SummaryWriter(str(workdir / "tensorboard")) if writes else None
+        # What a run that was killed wrote past its last checkpoint is hidden, or steps would come twice.
+        folder = str(workdir / "tensorboard")
+        self._writer = SummaryWriter(folder, purge_step=start + 1) if writes else None
+        self._lines = (workdir / "metrics.jsonl").open("a") if writes else None
         self._steps, self._batch = steps, batch
         self._window = collections.deque([(start, time.perf_counter())], maxlen=21)
 
@@ -49,10 +53,12 @@ class Progress:
             )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Scalars into TensorBoard."""
+        """Scalars into TensorBoard and the JSONL file."""
         if self._writer:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
+            self._lines.write(json.dumps({"step": step, **values}) + "\n")
+            self._lines.flush()
 
     def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
         """A picture uint8[H, W, 3] into TensorBoard."""
@@ -63,3 +69,4 @@ class Progress:
         """Flushes what is left."""
         if self._writer:
             self._writer.close()
+            self._lines.close()

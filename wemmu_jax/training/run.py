@@ -21,7 +21,7 @@ from wemmu_jax.rng import Stream, stream_key
 from wemmu_jax.sharding.mesh import check_rows, make_mesh
 from wemmu_jax.sharding.rules import parameter_shardings
 from wemmu_jax.training.batch import TrainBatch, on_devices, train_batch
-from wemmu_jax.training.checkpoints import Origin
+from wemmu_jax.training.checkpoints import Origin, differences
 from wemmu_jax.training.curriculum import Stage
 from wemmu_jax.training.optimizer import count_parameters, learns, split
 from wemmu_jax.training.step import Trainer
@@ -40,6 +40,12 @@ class Run:
     held_out: MicroBatches | None
     trainable: Mapping
     frozen: Mapping
+
+    @functools.cached_property
+    def validation_batches(self) -> dict[str, MicroBatch]:
+        """A micro-batch of held-out samples for each task, made once."""
+        tasks = [task for task, weight in self.held_out.mixture.items() if weight]
+        return {task.value: self.held_out.fixed_batches(task, 1)[0] for task in tasks}
 
     def batch(self, micro_batch: MicroBatch) -> TrainBatch:
         """A micro-batch on the devices, its pictures encoded."""
@@ -66,10 +72,8 @@ def prepare(config: ml_collections.ConfigDict) -> Run:
             "no weights to start from: give --init a folder of `wemmu convert`, or the workdir of the stage before"
         )
     origin = Origin(config.init)
-    if origin.bridge is not None and origin.bridge != stage.bridge.to_dict():
-        raise ValueError(
-            f"{config.init} was trained with the bridge {origin.bridge}, the config asks for {stage.bridge.to_dict()}"
-        )
+    if origin.bridge is not None and (other := differences(origin.bridge, stage.bridge.to_dict())):
+        raise ValueError(f"{config.init} was trained with another bridge:\n  " + "\n  ".join(other))
     model = WeMMUModel(
         WeMMUConfig.from_folder(origin.backbones_folder, stage.bridge),
         dtype=stage.dtype,
@@ -77,6 +81,8 @@ def prepare(config: ml_collections.ConfigDict) -> Run:
     )
     mesh = make_mesh(fsdp=min(config.mesh.fsdp, jax.device_count()))
     check_rows(stage.rows, mesh)
+    if config.data.held_out:
+        check_rows(config.validation_rows, mesh)
     encoder, data, held_out = _data(config, origin, model.config)
     trainable, frozen = _weights(origin, model, stage, mesh)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), trainable)
@@ -146,7 +152,7 @@ def describe(run: Run) -> dict:
             parts.setdefault(part, {})[name] = count_parameters(leaves)
     weights = {name: weight for name, weight in run.config.data.mixture.items() if weight}
     total = sum(weights.values())
-    paper = run.config.paper
+    paper, steps = run.config.paper, run.stage.optimizer.steps
     return {
         "weights": str(run.origin.folder),
         "bridge": "fresh, from the seed" if run.origin.bridge is None else "trained",
@@ -156,7 +162,8 @@ def describe(run: Run) -> dict:
         "mixture": {name: round(weight / total, 4) for name, weight in weights.items()},
         "batch": f"{run.stage.micro_batches} micro-batches x {run.stage.rows} rows = {run.stage.batch}"
         f" (the paper: {paper.batch})",
-        "steps": f"{run.stage.optimizer.steps} (the paper: {paper.steps})",
+        "steps": f"{steps} (the paper: {paper.steps})",
+        "samples": f"{steps * run.stage.batch} (the paper: {paper.steps * paper.batch})",
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {jax.process_count()} processes, "
         f"mesh {dict(run.trainer.mesh.shape)}",
     }

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -117,6 +117,15 @@ class Trainer:
     def _create(self, params: Mapping) -> TrainState:
         return TrainState.create(params, self.optimizer, ema=self.stage.ema > 0)
 
+    @property
+    def abstract_state(self) -> TrainState:
+        """Shapes, types and shardings of the state, to restore one into."""
+        return jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            jax.eval_shape(self._create, self.abstract),
+            self._state_shardings,
+        )
+
     @functools.cached_property
     def init_state(self):
         """params -> a fresh state around them, which owns them from now on."""
@@ -161,9 +170,11 @@ class Trainer:
 
     @functools.cached_property
     def update(self):
-        """(state, gradients) -> (new state, gradient norm float32[]); the state is donated.
+        """(state, gradients, losses of each micro-batch, step) -> (new state, gradient norm float32[]).
 
-        A gradient that is not finite changes nothing but the step: the caller sees the norm and stops the run.
+        The state is donated. Where a loss or the gradient is not finite, or `state` is not the one before `step`,
+        it stays as it is, its own step included. So a caller that sees the losses late, with more steps on their
+        way, still holds the last good state.
         """
 
         def apply(state: TrainState, gradients: Mapping) -> TrainState:
@@ -172,16 +183,18 @@ class Trainer:
             ema = state.ema
             if ema is not None:
                 ema = optax.incremental_update(params, ema, 1 - self.stage.ema)
-            return state.replace(params=params, opt_state=opt_state, ema=ema)
+            return TrainState(state.step + 1, params, opt_state, ema)
 
-        def step(state: TrainState, gradients: Mapping) -> tuple[TrainState, jax.Array]:
+        def update(
+            state: TrainState, gradients: Mapping, losses: Sequence[jax.Array], step: jax.Array
+        ) -> tuple[TrainState, jax.Array]:
             norm = optax.global_norm(gradients)
-            finite = jnp.isfinite(norm)
-            state = jax.lax.cond(finite, apply, lambda state, _: state, state, gradients)
-            return state.replace(step=state.step + 1), norm
+            good = jnp.isfinite(norm) & jnp.isfinite(jnp.stack(losses)).all()
+            good &= state.step == step - 1
+            return jax.lax.cond(good, apply, lambda state, _: state, state, gradients), norm
 
         shardings = (self._state_shardings, replicated(self.mesh))
-        return jax.jit(step, donate_argnums=0, out_shardings=shardings)
+        return jax.jit(update, donate_argnums=0, out_shardings=shardings)
 
     @functools.cached_property
     def validate(self):

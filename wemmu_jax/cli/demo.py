@@ -1,0 +1,142 @@
+"""`wemmu demo`: the whole life of a model on the tiny preset, from Hugging Face folders to a gallery."""
+
+import argparse
+import json
+import pathlib
+import time
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image
+
+STAGES = ("stage1", "stage2", "stage3", "stage4")
+NOTE = (
+    "Everything here ran on this machine on the tiny preset. Its backbones are drawn at random and have learned "
+    "nothing before the four short stages, so the pictures are not good: what they show is that every part of the "
+    "road runs and that the losses fall."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("--out", required=True, type=pathlib.Path, help="folder for all results")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Backbones, conversion, four stages, pictures, answers, scores, gallery; goes on where it was stopped."""
+    started = time.monotonic()
+
+    def say(text: str) -> None:
+        print(f"[{time.monotonic() - started:5.0f} s] {text}", flush=True)
+
+    out: pathlib.Path = args.out
+    _use_compilation_cache(out / "compilation_cache")
+    converted = _backbones(out, say)
+    losses = _train(out, converted, say)
+    _draw(out, losses, say)
+
+
+def _use_compilation_cache(folder: pathlib.Path) -> None:
+    import jax
+
+    # Stages share most of their programs.
+    jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _backbones(out: pathlib.Path, say: Callable[[str], None]) -> pathlib.Path:
+    from wemmu_jax.conversion.convert import convert
+    from wemmu_jax.demo.photographs import write_photographs
+    from wemmu_jax.miniworld.backbones import write_backbones
+    from wemmu_jax.miniworld.sources import KINDS, MiniworldSource
+
+    converted = out / "converted"
+    if converted.exists():
+        return converted
+    say("writing tiny backbones as Hugging Face folders, and photographs")
+    sources = [MiniworldSource(kind, seed=0, size=500, split="train") for kind in KINDS]
+    texts = [source[i].text for source in sources for i in range(len(source))]
+    write_backbones(out / "huggingface", texts, seed=0)
+    write_photographs(out / "photographs")
+    say("converting them")
+    convert(str(out / "huggingface/vlm"), str(out / "huggingface/sana"), str(converted))
+    return converted
+
+
+def _train(
+    out: pathlib.Path, converted: pathlib.Path, say: Callable[[str], None]
+) -> dict[str, list[float]]:
+    from configs.tiny import get_config, photographs
+    from wemmu_jax.training.loop import train
+
+    start, losses = converted, {}
+    for stage in STAGES:
+        say(f"training {stage}")
+        config = get_config(stage)
+        config.init = str(start.absolute())
+        config.data.sources += tuple(photographs(str((out / "photographs").absolute())))
+        start = out / stage
+        train(config, start)
+        lines = (start / "metrics.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        # By step, because a run that was resumed has some steps twice.
+        by_step = {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
+        losses[stage] = [by_step[step] for step in sorted(by_step)]
+        first, last = np.mean(losses[stage][:10]), np.mean(losses[stage][-10:])
+        say(f"{stage}: loss of the first 10 steps {first:.4f}, of the last 10 {last:.4f}")
+        if not last < first:
+            raise RuntimeError(f"{stage}: the loss did not fall ({first:.4f} to {last:.4f})")
+    return losses
+
+
+def _draw(out: pathlib.Path, losses: dict[str, list[float]], say: Callable[[str], None]) -> None:
+    from wemmu_jax.demo.gallery import write_gallery
+    from wemmu_jax.evaluation.miniworld import evaluate
+    from wemmu_jax.inference.pipeline import WeMMU
+    from wemmu_jax.miniworld.sources import MiniworldSource
+
+    model = WeMMU.load(out / STAGES[-1], dtype="float32")
+    side = model.default_size
+
+    def held_out(kind: str) -> list:
+        source = MiniworldSource(kind, seed=1, size=3, split="held_out")
+        return [source[i] for i in range(len(source))]
+
+    def show(picture) -> Image.Image:
+        return Image.fromarray(picture.load(side, side))
+
+    say("drawing pictures")
+    captions = held_out("caption")
+    drawn = model.generate([record.text for record in captions], seed=0)
+    photograph = Image.open(out / "photographs/chelsea-1.0-0.png")
+    cat = model.edit(photograph, "Make it black and white.", seed=0)
+    sections = {
+        "Generate: drawn, and a scene that was meant": [
+            (record.text, [picture, show(record.target)])
+            for record, picture in zip(captions, drawn, strict=True)
+        ],
+        "Edit: source, drawn, and what was meant": [
+            (r.text, [show(s), model.edit(show(s), r.text, seed=0), show(r.target)])
+            for r in held_out("edit")
+            for s in r.sources
+        ]
+        + [("Make it black and white.", [photograph, cat])],
+        "Compose: sources, drawn, and what was meant": [
+            (r.text, [*s, model.compose(s, r.text, seed=0), show(r.target)])
+            for r in held_out("composition")
+            for s in [list(map(show, r.sources))]
+        ],
+        "Reconstruct: source and drawn": [
+            ("", [image, model.reconstruct(image, seed=0)])
+            for image in [show(captions[0].target), photograph]
+        ],
+        "Chat": [
+            (f"What is this? {model.chat('What is this?', images=[i], max_new_tokens=16)}", [i])
+            for i in [show(captions[0].target)]
+        ],
+    }
+    say("scoring on miniworld")
+    scores = evaluate(model, out / "evaluation", count=4, seed=0, steps=20)
+    page = out / "gallery.html"
+    write_gallery(page, note=NOTE, losses=losses, sections=sections, scores=scores)
+    say(f"done: {page}")
