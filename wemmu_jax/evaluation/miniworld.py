@@ -48,8 +48,8 @@ def evaluate(model: WeMMU, out: str | pathlib.Path, *, count: int, seed: int, st
         for task, (kinds, grade) in _TASKS.items():
             for kind in kinds:
                 grades = list(grade(grader, kind, count))
-                for number, grade in enumerate(grades):
-                    row = {"task": task, "kind": kind, "number": number, **grade}
+                for number, one in enumerate(grades):
+                    row = {"task": task, "kind": kind, "number": number, **one}
                     lines.write(json.dumps(row) + "\n")
                 scores.setdefault(task, {})[kind] = float(np.mean([g["correct"] for g in grades]))
             scores[task]["overall"] = float(np.mean(list(scores[task].values())))

@@ -15,6 +15,7 @@ from wemmu_jax.diffusion.solvers import Solver, solve
 from wemmu_jax.models.wemmu.batch import PromptBatch, Sources
 from wemmu_jax.models.wemmu.modeling import Condition, WeMMUModel
 from wemmu_jax.models.wemmu.queries import draw_noise
+from wemmu_jax.ops.programs import jit_stack
 from wemmu_jax.rng import Stream, per_sample, stream_key
 
 
@@ -60,6 +61,11 @@ class Sampler:
         return jax.jit(self.model.decode)
 
     @functools.cached_property
+    def embed(self):
+        """(VLM's params, tokens, feature_index, images) -> prompts [B, L, D] from which an answer is decoded."""
+        return jit_stack(self.model.embed_prompt)
+
+    @functools.cached_property
     def condition(self):
         """(params, prompt, sources, noise, grid=, query_tokens=) -> Condition of B rows."""
 
@@ -67,7 +73,7 @@ class Sampler:
             context = self.model.read(params, prompt, sources)
             return self.model.write(params, context, noise, grid=grid, query_tokens=query_tokens)
 
-        return jax.jit(read_and_write, static_argnames=("grid", "query_tokens"))
+        return jit_stack(read_and_write, static_argnames=("grid", "query_tokens"))
 
     @functools.cached_property
     def _integrate(self):
@@ -84,7 +90,7 @@ class Sampler:
                 solver=settings.solver,
             )
 
-        return jax.jit(run, static_argnames=("guidance", "settings"))
+        return jit_stack(run, static_argnames=("guidance", "settings"))
 
     def __call__(
         self,

@@ -66,6 +66,11 @@ class BridgeConfig:
     connector_heads: int = 16
     distillation: float = 1.0
 
+    @property
+    def vae_in_prompt(self) -> bool:
+        """Whether VAE tokens stand in the prompt, after their picture's ViT tokens."""
+        return self.vae_stream is VAEStream.FROZEN and self.connector is not Connector.NONE
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "BridgeConfig":
         """The inverse of `to_dict`. Raises ValueError naming an unknown key or a value that is not a choice."""

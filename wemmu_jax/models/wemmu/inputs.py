@@ -13,7 +13,7 @@ import numpy as np
 from wemmu_jax.models.qwen2_5_vl.images import pack_images, patchify, slots_needed
 from wemmu_jax.models.qwen2_5_vl.prompt import PromptEncoder
 from wemmu_jax.models.wemmu.batch import PackedImages, PromptBatch
-from wemmu_jax.models.wemmu.config import Connector, VAEStream, WeMMUConfig
+from wemmu_jax.models.wemmu.config import WeMMUConfig
 
 TEXT_LIMIT = 512
 
@@ -40,6 +40,10 @@ class Shapes:
             tokens=-(-longest // multiple) * multiple,
             slots=max((slots_needed(*grid, config.vlm.vision) for grid in grids), default=0),
         )
+
+    def prompt_length(self, text_length: int, sources: int, *, vae_in_prompt: bool) -> int:
+        """L of `sources` pictures a row beside texts of at most `text_length` tokens."""
+        return text_length + sources * self.tokens * (2 if vae_in_prompt else 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,12 +86,11 @@ class RowEncoder:
     @property
     def vae_in_prompt(self) -> bool:
         """Whether VAE tokens stand in the prompt, after their picture's ViT tokens."""
-        bridge = self.config.bridge
-        return bridge.vae_stream is VAEStream.FROZEN and bridge.connector is not Connector.NONE
+        return self.config.bridge.vae_in_prompt
 
     def prompt_length(self, text_length: int, sources: int) -> int:
         """L of a micro-batch with `sources` pictures a row and texts of at most `text_length` tokens."""
-        return text_length + sources * self.shapes.tokens * (2 if self.vae_in_prompt else 1)
+        return self.shapes.prompt_length(text_length, sources, vae_in_prompt=self.vae_in_prompt)
 
     def prompt(self, text: str, grids: Sequence[tuple[int, int]], *, overflow: str):
         """The request's prompt: pictures, text, the assistant's header and the opening of a picture."""

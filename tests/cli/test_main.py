@@ -1,0 +1,129 @@
+"""The frame around the commands: speed, exit codes, messages."""
+
+import inspect
+import subprocess
+import sys
+import time
+
+import pytest
+
+import wemmu_jax
+from wemmu_jax.cli import chat
+from wemmu_jax.cli.main import COMMANDS, main
+from wemmu_jax.cli.overrides import take_overrides
+from wemmu_jax.cli.requests import GUIDANCE, STEPS
+
+
+@pytest.mark.parametrize("words", [["--help"], ["chat", "--help"], ["train", "--help"]])
+def test_help_answers_at_once(words):
+    program = (
+        "import sys\nfrom wemmu_jax.cli.main import main\ntry:\n  main(sys.argv[1:])\n"
+        "finally:\n  assert not {'jax', 'transformers', 'PIL'} & set(sys.modules)"
+    )
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "usage: wemmu" in done.stdout
+    assert time.monotonic() - started < 5  # 0.1 s on an idle machine
+
+
+def test_module_is_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "wemmu_jax", "--version"], capture_output=True, text=True
+    )
+    assert done.stdout == f"wemmu {wemmu_jax.__version__}\n"
+
+
+def test_help_names_every_command(wemmu):
+    text = wemmu("--help").out
+    assert all(f"    {command} " in text or f"    {command}\n" in text for command in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["paint"], ["chat", "--checkpoint", "x", "hi", "--sed", "1"]]
+)
+def test_wrong_words_are_usage_errors(wemmu, words):
+    result = wemmu(*words)
+    assert result.code == 2
+    assert "error:" in result.err
+
+
+def test_a_command_without_a_config_takes_no_key_of_one(wemmu):
+    result = wemmu("chat", "hi", "--checkpoint", "x", "--config.seed=1")
+    assert result.code == 2
+    assert "seed" in result.err
+
+
+def test_debug_shows_the_traceback(monkeypatch):
+    words = ["chat", "hi", "--checkpoint", "nowhere"]
+    for debug in (["--debug", *words], [*words, "--debug"]):
+        with pytest.raises(FileNotFoundError):
+            main(debug)
+    monkeypatch.setenv("WEMMU_DEBUG", "1")
+    with pytest.raises(FileNotFoundError):
+        main(words)
+
+
+def test_our_own_mistakes_are_not_hidden(monkeypatch):
+    def run(args):
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(chat, "run", run)
+    with pytest.raises(KeyError):
+        main(["chat", "hi", "--checkpoint", "x"])
+
+
+def test_interrupted(monkeypatch, wemmu):
+    def run(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat, "run", run)
+    result = wemmu("chat", "hi", "--checkpoint", "x")
+    assert (result.code, result.err) == (130, "wemmu chat: interrupted\n")
+
+
+def test_overrides_are_taken_in_both_forms():
+    words = [
+        "train",
+        "--config.a.b=1=2",
+        "--workdir",
+        "w",
+        "--config.c",
+        "-3",
+        "--",
+        "--config.d=4",
+    ]
+    left, overrides = take_overrides(words)
+    assert left == ["train", "--workdir", "w", "--", "--config.d=4"]
+    assert overrides == {"a.b": "1=2", "c": "-3"}
+
+
+@pytest.mark.parametrize(
+    "words", [["--config.a"], ["--config.=1"], ["--config.a=1", "--config.a=2"]]
+)
+def test_overrides_without_key_or_value(words):
+    with pytest.raises(SystemExit, match="--config"):
+        take_overrides(words)
+
+
+def test_scales_are_those_of_the_class():
+    for task, scales in GUIDANCE.items():
+        parameters = inspect.signature(getattr(wemmu_jax.WeMMU, task)).parameters
+        assert parameters["steps"].default == STEPS
+        found = {name: p.default for name, p in parameters.items() if name.endswith("guidance")}
+        assert found == scales
+
+
+def test_evaluate_prints_a_table(monkeypatch, wemmu, converted):
+    import types
+
+    def evaluate(model, out, *, count, seed, steps):
+        return {"colour": {"score": 0.25, "count": count}, "seed": seed, "steps": steps}
+
+    module = types.SimpleNamespace(evaluate=evaluate)
+    monkeypatch.setitem(sys.modules, "wemmu_jax.evaluation.miniworld", module)
+    words = ["--checkpoint", converted, "--out", "x", "--count", 5, "--seed", 3, "--steps", 2]
+    result = wemmu("evaluate", "miniworld", *words)
+    assert result.code == 0, result
+    rows = dict(line.rsplit(None, 1) for line in result.out.splitlines())
+    assert rows == {"colour / score": "0.250", "colour / count": "5", "seed": "3", "steps": "2"}

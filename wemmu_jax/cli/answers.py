@@ -1,0 +1,62 @@
+"""The answers of `wemmu batch`: a JSONL file that grows by a line an answer and is never seen half there."""
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+ANSWER = "answer"
+
+
+class Answers:
+    """A line is what was asked, as JSON values, and `answer`."""
+
+    def __init__(self, file: pathlib.Path, *, fresh: bool):
+        """Reads what is there, unless it is to start afresh; writes nothing yet.
+
+        Raises:
+          ValueError: the file holds something else.
+        """
+        self._file = file
+        self._records = [] if fresh else _read(file)
+        self._on_disk = False
+
+    def has(self, asked: Mapping[str, Any]) -> bool:
+        """Whether exactly this was answered already."""
+        return any({**asked, ANSWER: record[ANSWER]} == record for record in self._records)
+
+    def add(self, asked: Mapping[str, Any], answer: str) -> None:
+        """Appends one answer."""
+        self._records.append({**asked, ANSWER: answer})
+        if self._on_disk:
+            with self._file.open("a", encoding="utf-8") as stream:
+                stream.write(_line(self._records[-1]))
+            return
+        # The first time all is written anew: a line that an earlier run left half written goes.
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        partial = self._file.with_name(f".{self._file.name}.partial-{os.getpid()}")
+        partial.write_text("".join(map(_line, self._records)), encoding="utf-8")
+        os.replace(partial, self._file)
+        self._on_disk = True
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def _read(file: pathlib.Path) -> list[dict]:
+    if not file.is_file():
+        return []
+    # What follows the last newline was being written when a run was killed.
+    *lines, _ = file.read_text(encoding="utf-8").split("\n")
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{file}, line {number}: not JSON: {error}") from None
+        if not isinstance(record, dict) or ANSWER not in record:
+            raise ValueError(f"{file}, line {number}: expected an object with {ANSWER!r}")
+        records.append(record)
+    return records
