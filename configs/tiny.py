@@ -10,7 +10,7 @@ import ml_collections
 from configs.wemmu_3b import get_config as paper_config
 from wemmu_jax.miniworld.backbones import BRIDGE
 
-STEPS = 60
+STEPS = 50
 
 
 def _miniworld(split: str, size: int) -> list[dict]:
@@ -48,8 +48,8 @@ def get_config(stage: str) -> ml_collections.ConfigDict:
     config.paper.batch = config.batch.rows * config.batch.micro_batches
     config.paper.steps = STEPS
     config.optimizer.steps, config.optimizer.warmup = STEPS, 5
-    config.optimizer.learning_rate = 1e-3
+    config.optimizer.learning_rate = 1e-3 if stage in ("stage1", "stage2") else 5e-4
     config.mesh.fsdp = 1
     config.validation_rows = 16
-    config.every.update({"log": 10, "checkpoint": 30, "validate": 30, "sample": STEPS})
+    config.every.update({"log": 10, "checkpoint": 25, "validate": 25, "sample": STEPS})
     return config

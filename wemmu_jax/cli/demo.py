@@ -75,6 +75,10 @@ def _train(
         config = get_config(stage)
         config.init = str(start.absolute())
         config.data.sources += tuple(photographs(str((out / "photographs").absolute())))
+        if stage != STAGES[-1]:
+            config.every.sample = (
+                0  # pictures come at the end; here they would take a minute a stage
+            )
         start = out / stage
         train(config, start)
         lines = (start / "metrics.jsonl").read_text().splitlines()
@@ -136,7 +140,7 @@ def _draw(out: pathlib.Path, losses: dict[str, list[float]], say: Callable[[str]
         ],
     }
     say("scoring on miniworld")
-    scores = evaluate(model, out / "evaluation", count=4, seed=0, steps=20)
+    scores = evaluate(model, out / "evaluation", count=2, seed=0, steps=20)
     page = out / "gallery.html"
     write_gallery(page, note=NOTE, losses=losses, sections=sections, scores=scores)
     say(f"done: {page}")

@@ -1,8 +1,20 @@
-"""Where arrays lie on the mesh."""
+"""Where arrays lie on the mesh: rows of a batch over all devices, large parameters over the axis `fsdp`.
 
+A device works on its own rows alone, so every layer's weights are gathered as the layer runs, and its gradients
+are scattered again. XLA has to be told so: see `rows_stay`.
+"""
+
+import contextlib
+
+import flax.linen as nn
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from wemmu_jax.ops.convolution import DepthwiseConv
+from wemmu_jax.ops.norms import RMSNorm
+
+# The layers whose first axis is that of the rows, in and out; all others are made of them.
+_LAYERS = (nn.Dense, nn.Conv, nn.Embed, RMSNorm, DepthwiseConv)
 SMALL = 2**16  # values; below this a leaf is copied to every device
 
 
@@ -33,6 +45,26 @@ def parameter_shardings(tree, mesh: Mesh):
         return NamedSharding(mesh, parameter_spec(names, leaf.shape, fsdp=mesh.shape["fsdp"]))
 
     return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def rows_stay(mesh: Mesh) -> contextlib.AbstractContextManager:
+    """While it is open, what goes into and comes out of every layer is pinned to the devices of its rows.
+
+    Left to itself, XLA's partitioner finds weights and rows cut along the same mesh axis, and now and then moves
+    the activations of the whole batch to the weights instead of a layer's weights to the rows. The pins hold for
+    the gradients of the activations too. Numbers do not change.
+    """
+    place = rows_sharding(mesh)
+
+    def pin(x: jax.Array) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x, place)
+
+    def interceptor(call, args: tuple, kwargs: dict, context: nn.module.InterceptorContext):
+        if context.method_name != "__call__" or not isinstance(context.module, _LAYERS):
+            return call(*args, **kwargs)
+        return pin(call(*map(pin, args), **kwargs))
+
+    return nn.intercept_methods(interceptor)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

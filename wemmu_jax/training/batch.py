@@ -6,7 +6,7 @@ from typing import TypeVar
 import flax.struct
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from wemmu_jax.data.pipeline import MicroBatch
 from wemmu_jax.data.tasks import Task
@@ -85,15 +85,19 @@ def train_batch(
 Host = TypeVar("Host", TrainBatch, Pixels)
 
 
-def on_devices(tree: Host, mesh: Mesh) -> Host:
-    """The global arrays of which every process hands in its own rows."""
+def batch_shardings(tree: Host, mesh: Mesh) -> Host:
+    """Where the leaves of a micro-batch lie: rows over all devices."""
 
-    def put(path: tuple, leaf: np.ndarray) -> jax.Array:
+    def one(path: tuple, leaf: np.ndarray) -> NamedSharding:
         name = path[-1].name if hasattr(path[-1], "name") else ""
         if name == "number":
-            sharding = replicated(mesh)
-        else:
-            sharding = rows_sharding(mesh, axis=1 if name == "position_ids" else 0)
-        return jax.make_array_from_process_local_data(sharding, leaf)
+            return replicated(mesh)
+        return rows_sharding(mesh, axis=1 if name == "position_ids" else 0)
 
-    return jax.tree_util.tree_map_with_path(put, tree)
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def on_devices(tree: Host, mesh: Mesh) -> Host:
+    """The global arrays of which every process hands in its own rows."""
+    put = jax.make_array_from_process_local_data
+    return jax.tree.map(put, batch_shardings(tree, mesh), tree)

@@ -185,7 +185,7 @@ def _step(
                 tasks=tuple(task.value for task in micro_batch.tasks),
                 keys=micro_batch.keys,
                 numbers=micro_batch.sample_numbers,
-                cut=np.count_nonzero(micro_batch.arrays["cut"]),
+                cut=int(np.count_nonzero(micro_batch.arrays["cut"])),
                 first=micro_batch.number * run.stage.rows,
                 losses=losses,
                 plain=plain,

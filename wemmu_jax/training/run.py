@@ -10,7 +10,7 @@ import ml_collections
 from jax.sharding import Mesh
 
 from wemmu_jax.conversion.memory import flatten
-from wemmu_jax.data.buckets import make_buckets
+from wemmu_jax.data.buckets import Bucket, make_buckets
 from wemmu_jax.data.pipeline import MicroBatch, MicroBatches
 from wemmu_jax.data.sources import build_feeds
 from wemmu_jax.data.tasks import Task
@@ -25,6 +25,8 @@ from wemmu_jax.training.checkpoints import Origin, differences
 from wemmu_jax.training.curriculum import Stage
 from wemmu_jax.training.optimizer import count_parameters, learns, split
 from wemmu_jax.training.step import Trainer
+
+BRIDGE = {"expert", "vae_branch", "queries", "position_mlp"}
 
 
 @dataclasses.dataclass
@@ -90,9 +92,10 @@ def prepare(config: ml_collections.ConfigDict) -> Run:
     return Run(config, stage, trainer, origin, encoder, data, held_out, trainable, frozen)
 
 
-def _data(
-    config: ml_collections.ConfigDict, origin: Origin, model: WeMMUConfig
-) -> tuple[RowEncoder, MicroBatches, MicroBatches | None]:
+def stage_sizes(
+    config: ml_collections.ConfigDict, model: WeMMUConfig
+) -> tuple[tuple[Bucket, ...], list[tuple[int, int]]]:
+    """The buckets of a stage, and every grid of source or query tokens that they lead to."""
     fields = config.data
     buckets = make_buckets(
         fields.resolution,
@@ -102,6 +105,14 @@ def _data(
     )
     grids = [model.source_grid(b.height, b.width) for b in buckets]
     grids += [model.query_grid(b.height, b.width) for b in buckets]
+    return buckets, grids
+
+
+def _data(
+    config: ml_collections.ConfigDict, origin: Origin, model: WeMMUConfig
+) -> tuple[RowEncoder, MicroBatches, MicroBatches | None]:
+    fields = config.data
+    buckets, grids = stage_sizes(config, model)
     encoder = RowEncoder.load(origin.backbones_folder, model)
     encoder = encoder.sized(grids, multiple=fields.pad_multiple)
     common = functools.partial(
@@ -126,11 +137,14 @@ def _entries(sources: Sequence) -> list[dict]:
     return [dict(entry) for entry in sources]
 
 
-def _weights(origin: Origin, model: WeMMUModel, stage: Stage, mesh: Mesh) -> tuple[dict, dict]:
-    """Trainable leaves in float32, frozen ones in the compute type, all of them sharded."""
+def leaf_dtype(path: str, stage: Stage) -> jnp.dtype:
+    """Trainable leaves are float32, frozen ones have the compute type."""
+    return jnp.dtype(jnp.float32) if learns(path, stage.trainable) else stage.dtype
 
-    def dtype(path: str) -> jnp.dtype:
-        return jnp.dtype(jnp.float32) if learns(path, stage.trainable) else stage.dtype
+
+def _weights(origin: Origin, model: WeMMUModel, stage: Stage, mesh: Mesh) -> tuple[dict, dict]:
+    """Every leaf in its type, all of them sharded."""
+    dtype = functools.partial(leaf_dtype, stage=stage)
 
     def sharding(path: str, spec: jax.ShapeDtypeStruct):
         return flatten(parameter_shardings({path: spec}, mesh))[path]
@@ -141,7 +155,13 @@ def _weights(origin: Origin, model: WeMMUModel, stage: Stage, mesh: Mesh) -> tup
         shapes = jax.eval_shape(model.init_bridge, key, params["vlm"]["text"])
         init = jax.jit(model.init_bridge, out_shardings=parameter_shardings(shapes, mesh))
         params |= init(key, params["vlm"]["text"])
-    return split(params, stage.trainable)
+    trainable, frozen = split(params, stage.trainable)
+    if origin.bridge is None and (never := BRIDGE & frozen.keys()):
+        raise ValueError(
+            f"{origin.folder} has no trained bridge, and the freezing table keeps {', '.join(sorted(never))} as drawn "
+            "from the seed, which no checkpoint would hold"
+        )
+    return trainable, frozen
 
 
 def describe(run: Run) -> dict:

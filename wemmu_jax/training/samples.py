@@ -21,8 +21,8 @@ def draw_samples(run, params: Mapping, path: pathlib.Path) -> np.ndarray:
     )
     side = run.config.data.resolution
     lines = []
-    for task, weight in run.held_out.mixture.items():
-        if weight and task is not Task.UNCOND:
+    for task in Task:
+        if run.held_out.mixture.get(task) and task is not Task.UNCOND:
             examples = run.held_out.examples(task, ROWS)
             lines += [
                 _line(model, example, side, number) for number, example in enumerate(examples)

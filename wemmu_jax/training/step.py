@@ -19,7 +19,7 @@ from wemmu_jax.diffusion.losses import (
 from wemmu_jax.models.wemmu.batch import Sources
 from wemmu_jax.models.wemmu.modeling import WeMMUModel
 from wemmu_jax.models.wemmu.queries import draw_noise
-from wemmu_jax.sharding.rules import parameter_shardings, replicated, rows_sharding
+from wemmu_jax.sharding.rules import parameter_shardings, replicated, rows_sharding, rows_stay
 from wemmu_jax.training.batch import TrainBatch
 from wemmu_jax.training.curriculum import Loss, Stage
 from wemmu_jax.training.optimizer import make_optimizer, merge
@@ -147,7 +147,12 @@ class Trainer:
         A program of its own, because it does not depend on the micro-batch's arity, and because latents may as
         well come from a cache.
         """
-        return jax.jit(self.model.encode, out_shardings=rows_sharding(self.mesh))
+
+        def encode(frozen: Mapping, pixels: jax.Array) -> jax.Array:
+            with rows_stay(self.mesh):
+                return self.model.encode(frozen, pixels)
+
+        return jax.jit(encode, out_shardings=rows_sharding(self.mesh))
 
     @functools.cached_property
     def accumulate(self):
@@ -157,7 +162,8 @@ class Trainer:
         """
 
         def loss(params: Mapping, frozen: Mapping, batch: TrainBatch):
-            losses, plain = row_losses(self.model, self.stage, merge(params, frozen), batch)
+            with rows_stay(self.mesh):
+                losses, plain = row_losses(self.model, self.stage, merge(params, frozen), batch)
             return jnp.mean(losses) / self.stage.micro_batches, (losses, plain)
 
         def step(gradients: Mapping, params: Mapping, frozen: Mapping, batch: TrainBatch):
@@ -201,6 +207,7 @@ class Trainer:
         """(params, frozen, batch) -> float32[B], see `validation_losses`."""
 
         def losses(params: Mapping, frozen: Mapping, batch: TrainBatch) -> jax.Array:
-            return validation_losses(self.model, self.stage, merge(params, frozen), batch)
+            with rows_stay(self.mesh):
+                return validation_losses(self.model, self.stage, merge(params, frozen), batch)
 
         return jax.jit(losses, out_shardings=replicated(self.mesh))

@@ -135,6 +135,12 @@ class WeMMUConfig:
                 f"{self.vlm.text.hidden_size}"
             )
 
+        heads, width = self.bridge.connector_heads, self.vlm.text.hidden_size
+        if self.bridge.connector.depth and width % heads:
+            raise ValueError(
+                f"bridge config: connector_heads={heads} does not divide the width {width}"
+            )
+
     def source_grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of tokens for a picture of `height` x `width` pixels: 18 x 18 at 512 px.
 

@@ -75,7 +75,7 @@ class RowEncoder:
             prompts=PromptEncoder.load(vlm),
             mean=tuple(settings["image_mean"]),
             std=tuple(settings["image_std"]),
-            pixel_limits=(settings["min_pixels"], settings["max_pixels"]),
+            pixel_limits=_pixel_limits(vlm / "preprocessor_config.json", settings),
         )
 
     def sized(self, grids: Sequence[tuple[int, int]], *, multiple: int) -> "RowEncoder":
@@ -159,6 +159,18 @@ class RowEncoder:
 
     def _cut_prompt(self, text: str, grids: tuple[tuple[int, int], ...]):
         return self.prompt(text, grids, overflow="cut")
+
+
+def _pixel_limits(path: pathlib.Path, settings: dict) -> tuple[int, int]:
+    """Published configs name `min_pixels` and `max_pixels`; those that transformers 5 writes have `size` instead."""
+    size = settings.get("size", {})
+    limits = (
+        settings.get("min_pixels", size.get("shortest_edge")),
+        settings.get("max_pixels", size.get("longest_edge")),
+    )
+    if None in limits:
+        raise ValueError(f"{path}: neither min_pixels and max_pixels nor size with both edges")
+    return limits
 
 
 IMAGE_FIELDS = tuple(field.name for field in dataclasses.fields(PackedImages))

@@ -1,0 +1,119 @@
+"""The paper's model at its real size: no weights are made, every program of training is lowered for eight devices,
+and, in the slow tests, compiled for a TPU that is not there."""
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks.compile_tpu import compiled, programs
+from configs.wemmu_3b import STAGES, get_config
+from tests.models.wemmu_fixtures import row_encoder, small_config
+from wemmu_jax.data.pipeline import MicroBatch
+from wemmu_jax.data.records import Picture
+from wemmu_jax.data.tasks import Example, Task
+from wemmu_jax.models.wemmu.config import VAEStream
+from wemmu_jax.sharding.mesh import make_mesh
+from wemmu_jax.sharding.topology import topology_devices
+from wemmu_jax.training.abstract import AbstractRun
+from wemmu_jax.training.batch import on_devices, train_batch
+
+V5P_BYTES = 95.74e9  # what the compiler lets a program use of a v5p chip
+ROWS = {512: 16, 1024: 8}
+STREAMS = [stream.value for stream in VAEStream]
+
+
+def programs_of(stage: str, stream: str, devices: list):
+    return list(programs(stage, stream, devices, rows=ROWS, fsdp=8, text_length=128))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stream", STREAMS)
+def test_every_program_of_a_stage_lowers(stage, stream):
+    found = programs_of(stage, stream, jax.devices())
+    wanted = {"stage4": {0, 1, 2}}.get(stage, {0, 1})
+    assert {p.arity for p in found if p.name == "accumulate"} == wanted
+    assert {p.name for p in found} == {"encode", "encode src", "accumulate", "update"}
+    accumulated = [p for p in found if p.name == "accumulate"]
+    assert len({p.fingerprint for p in accumulated}) == len(accumulated)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stream", STREAMS)
+def test_every_program_of_a_stage_compiles_for_a_v5p_and_fits(stage, stream):
+    with jax.default_matmul_precision("default"):
+        for program in programs_of(stage, stream, topology_devices("v5p:2x2x2")):
+            memory = compiled(program.lowered).memory
+            peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+            assert peak < V5P_BYTES, (program.name, program.arity, peak)
+
+
+def small_run(stream: str, rows: int) -> AbstractRun:
+    config = get_config("stage4")
+    config.model.bridge = small_config(vae_stream=VAEStream(stream)).bridge.to_dict()
+    config.data.resolution, config.data.pad_multiple, config.batch.rows = 64, 4, rows
+    return AbstractRun.of(config, small_config(vae_stream=VAEStream(stream)), make_mesh(fsdp=2))
+
+
+def real_batch(run: AbstractRun, bucket, arity: int, text_length: int):
+    """A micro-batch of grey pictures on the devices, encoded as the input pipeline encodes."""
+    model, rows = run.trainer.model, run.trainer.stage.rows
+    grids = [model.config.source_grid(b.height, b.width) for b in run.buckets]
+    encoder = row_encoder(model.config, grids)
+    grey = Picture(None, None, lambda height, width: np.full((height, width, 3), 128, np.uint8))
+    example = Example(Task.M_EDIT, "the star", (grey,) * arity, grey, "key")
+    encoded = encoder.encode_example(example, bucket, text_length)
+    micro_batch = MicroBatch(
+        number=0,
+        bucket=bucket,
+        arity=arity,
+        text_length=text_length,
+        tasks=(Task.M_EDIT,) * rows,
+        keys=("key",) * rows,
+        sample_numbers=np.arange(rows, dtype=np.uint32),
+        arrays={name: np.stack([value] * rows) for name, value in encoded.items()},
+    )
+    grid = model.config.query_grid(bucket.height, bucket.width)
+    batch, pixels = train_batch(micro_batch, grid=grid, query_tokens=encoder.shapes.tokens)
+    return on_devices(batch, run.trainer.mesh), on_devices(pixels, run.trainer.mesh)
+
+
+def forms(tree):
+    return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), tree)
+
+
+@pytest.mark.parametrize("arity", [0, 1, 2])
+@pytest.mark.parametrize("stream", STREAMS)
+def test_an_abstract_batch_has_the_form_of_the_real_one(stream, arity):
+    run = small_run(stream, rows=8)
+    for bucket in (run.buckets[0], run.square):
+        batch, pixels = real_batch(run, bucket, arity, text_length=128)
+        abstract = run.batch(bucket, arity=arity, text_length=128)
+        assert forms(pixels) == forms(run.pixels(bucket, arity=arity))
+        latents = [jax.eval_shape(run.trainer.model.encode, run.frozen, p) for p in pixels.sources]
+        target = jax.eval_shape(run.trainer.model.encode, run.frozen, pixels.target)
+        assert (abstract.target.shape, abstract.target.dtype) == (target.shape, target.dtype)
+        for one, other in zip(abstract.source_latents, latents, strict=True):
+            assert (one.shape, one.dtype) == (other.shape, other.dtype)
+        assert forms(abstract.replace(target=None, source_latents=None)) == forms(batch)
+
+
+@pytest.mark.parametrize("name", ["v5p-8", "v5p", "v5p:", "5p:2x2x2 "])
+def test_what_is_no_name_of_a_topology_is_an_error(name):
+    with pytest.raises(ValueError, match="expected generation:chips"):
+        topology_devices(name)
+
+
+def test_without_libtpu_the_error_says_what_to_install(monkeypatch):
+    def missing(*_, **__):
+        raise RuntimeError("JAX TPU support not installed; cannot generate TPU topology.")
+
+    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", missing)
+    with pytest.raises(ModuleNotFoundError, match=r"requirements-tpu\.txt"):
+        topology_devices("v5p:2x2x2")
+
+
+@pytest.mark.slow
+def test_a_topology_that_does_not_exist_is_an_error():
+    with pytest.raises(ValueError, match="no TPU topology 'v9:2x2'"):
+        topology_devices("v9:2x2")

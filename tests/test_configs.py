@@ -1,0 +1,196 @@
+"""The four stages as data: the paper's numbers, the rounded batch, and what happens to typos."""
+
+import json
+
+import pytest
+
+from configs.wemmu_3b import STAGES
+from wemmu_jax.training.curriculum import Loss, Stage, base_config, load_config
+
+PAPER = {  # batch, steps, learning rate, warm-up, resolution (design, section 2)
+    "stage1": (2336, 34_000, 1e-4, 1000, 512),
+    "stage2": (584, 44_000, 1e-5, 1500, 1024),
+    "stage3": (584, 34_000, 1e-5, 1500, 1024),
+    "stage4": (244, 18_000, 1e-5, 1500, 1024),
+}
+BATCH = {"stage1": 2304, "stage2": 512, "stage3": 512, "stage4": 256}
+MIXTURE = {
+    "stage1": {"Rec": 50, "T2I": 47, "Uncond": 3},
+    "stage2": {"Rec": 50, "T2I": 47, "Uncond": 3},
+    "stage3": {"S-Edit": 55, "T2I": 25, "Rec": 20, "Uncond": 10},
+    "stage4": {"S-Edit": 35, "M-Edit": 20, "T2I": 25, "Rec": 20, "Uncond": 10},
+}
+
+
+def config_of(stage, family="wemmu_3b", **overrides):
+    return load_config(f"configs/{family}.py:{stage}", overrides)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_paper_numbers(name):
+    batch, steps, learning_rate, warmup, resolution = PAPER[name]
+    config = config_of(name)
+    stage = Stage.from_config(config)
+    assert stage.batch == BATCH[name]
+    # The paper's samples, to within one batch.
+    assert abs(stage.batch * stage.optimizer.steps - batch * steps) < stage.batch
+    assert (config.paper.batch, config.paper.steps) == (batch, steps)
+    assert (stage.optimizer.learning_rate, stage.optimizer.warmup) == (learning_rate, warmup)
+    assert (stage.optimizer.b1, stage.optimizer.b2) == (0.9, 0.95)
+    assert (stage.optimizer.weight_decay, stage.optimizer.clip) == (1e-5, 1.0)
+    assert config.data.resolution == resolution and config.data.buckets == 9
+    assert stage.loss is (Loss.CONTRASTIVE if name == "stage1" else Loss.FLOW_MATCHING)
+    assert (stage.contrast, stage.shift, stage.time_law) == (0.05, 3.0, "logit_normal")
+    assert {task: w for task, w in config.data.mixture.items() if w} == MIXTURE[name]
+    assert stage.ema == 0
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_batch_divides_a_pod(name):
+    rows = Stage.from_config(config_of(name)).rows
+    assert rows % 128 == 0
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_stages_are_about_ten_lines(name):
+    assert len(STAGES[name]) <= 10
+
+
+def flat(config) -> dict:
+    def walk(node, prefix):
+        for key, value in node.items():
+            if isinstance(value, dict):
+                yield from walk(value, f"{prefix}{key}.")
+            else:
+                yield prefix + key, value
+
+    return dict(walk(json.loads(config.to_json()), ""))
+
+
+def test_stages_differ_where_the_paper_says():
+    stages = [flat(config_of(name)) for name in PAPER]
+    differing = {key for key in stages[0] if any(s[key] != stages[0][key] for s in stages[1:])}
+    assert {key.rpartition(".")[0] or key for key in differing} == (
+        {"name", "data", "data.mixture", "batch", "paper", "optimizer", "loss", "trainable"}
+    )
+    assert {key for key in differing if key.startswith(("data.", "loss.", "optimizer."))} == {
+        "data.resolution",
+        *(f"data.mixture.{task}" for task in ("T2I", "Uncond", "Rec", "S-Edit", "M-Edit")),
+        "loss.kind",
+        "optimizer.learning_rate",
+        "optimizer.warmup",
+        "optimizer.steps",
+    }
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_tiny_is_the_paper_in_small(name):
+    tiny, paper = (flat(config_of(name, family)) for family in ("tiny", "wemmu_3b"))
+    assert tiny.keys() == paper.keys()
+    assert tiny["trainable"] == paper["trainable"]
+    same = ("data.mixture.", "loss.", "optimizer.weight_decay", "optimizer.clip", "optimizer.ema")
+    assert all(tiny[key] == paper[key] for key in tiny if key.startswith(same))
+    stage = Stage.from_config(config_of(name, "tiny"))
+    assert stage.optimizer.steps >= 50
+
+
+# -- overrides
+
+
+def test_overrides_take_the_type_of_what_they_replace():
+    config = config_of(
+        "stage2",
+        **{
+            "optimizer.steps": "60",
+            "optimizer.learning_rate": "1",
+            "optimizer.ema": "0.99",
+            "optimizer.warmup": "0",
+            "data.text_lengths": "[64, 128]",
+            "data.sources": '[{"name": "a", "tasks": ["T2I"], "type": "folder", "folder": "/a"}]',
+            "model.bridge.vae_stream": "expert",
+            "name": "mine",
+            "seed": 3,
+        },
+    )
+    assert config.optimizer.steps == 60 and config.optimizer.learning_rate == 1.0
+    assert isinstance(config.optimizer.learning_rate, float)
+    assert config.data.text_lengths == (64, 128) and config.data.sources[0]["name"] == "a"
+    assert (config.name, config.seed) == ("mine", 3)
+    stage = Stage.from_config(config)
+    assert stage.bridge.vae_stream == "expert" and stage.optimizer.steps == 60
+
+
+@pytest.mark.parametrize(
+    ("key", "suggestion"),
+    [
+        ("optimizer.stepz", "steps"),
+        ("optimiser.steps", "optimizer"),
+        ("model.bridge.vae_streams", "vae_stream"),
+        ("data.mixture.S-Edits", "S-Edit"),
+        ("sed", "seed"),
+    ],
+)
+def test_a_typo_is_an_error_that_suggests(key, suggestion):
+    with pytest.raises(ValueError, match="has no key") as error:
+        config_of("stage1", **{key: "1"})
+    assert key in str(error.value)
+    assert f'"{suggestion}"' in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("optimizer.steps", "many"),
+        ("optimizer.steps", "1.5"),
+        ("optimizer.steps", "true"),
+        ("optimizer.ema", "true"),
+        ("optimizer.ema", "none"),
+        ("optimizer", "3"),
+        ("optimizer.steps.more", "3"),
+        ("optimizer.steps", 1.5),
+        ("data.text_lengths", "128"),
+        ("data.text_lengths", "(128)"),
+        ("name", 3),
+    ],
+)
+def test_a_wrong_type_is_an_error(key, value):
+    with pytest.raises(ValueError, match=key):
+        config_of("stage1", **{key: value})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("loss.kind", "contrastiv", "contrastive"),
+        ("loss.time_law", "logitnormal", "logit_normal"),
+        ("loss.contrast", "1.0", "loss.contrast"),
+        ("loss.shift", "0", "loss.shift"),
+        ("model.dtype", "bf16", "bfloat16"),
+        ("model.bridge.queries", "noise", "noisy"),
+        ("batch.rows", "1", "batch.rows"),
+        ("batch.rows", "0", "batch.rows"),
+        ("batch.micro_batches", "0", "micro_batches"),
+        ("optimizer.learning_rate", "NaN", "learning_rate"),
+        ("optimizer.learning_rate", "-1e-4", "learning_rate"),
+        ("optimizer.warmup", "100000", "warm-up of 100000 steps does not fit"),
+        ("optimizer.ema", "1.0", "optimizer.ema"),
+    ],
+)
+def test_a_value_that_makes_no_sense_is_an_error(key, value, named):
+    config = config_of("stage1", **{key: value})
+    with pytest.raises(ValueError, match=named):
+        Stage.from_config(config)
+
+
+def test_no_such_file_or_stage():
+    with pytest.raises(FileNotFoundError, match=r"configs/wemmu_4b\.py"):
+        config_of("stage1", "wemmu_4b")
+    with pytest.raises(ValueError, match=r"no stage 'stage5'.*stage1"):
+        config_of("stage5")
+    with pytest.raises(ValueError, match="no stage ''"):
+        load_config("configs/wemmu_3b.py")
+
+
+def test_the_base_has_no_steps_of_its_own():
+    with pytest.raises(ValueError, match="does not fit in 0 steps"):
+        Stage.from_config(base_config())

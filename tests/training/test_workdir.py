@@ -1,0 +1,179 @@
+"""What a run refuses to start in, and to start from; nothing is changed by a run that was refused."""
+
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.training.conftest import last_state, write_converted
+from wemmu_jax.training.checkpoints import Checkpoints, Origin, only_run
+from wemmu_jax.training.loop import train
+from wemmu_jax.training.run import prepare
+
+EMA = {"optimizer.ema": 0.9}
+
+
+def tree_of(folder: pathlib.Path) -> dict[str, bytes]:
+    """Every file below a folder with its content."""
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+
+
+def refused(config, workdir, error, match) -> str:
+    """Expects `train` to refuse, and all files to be as they were."""
+    before = tree_of(workdir) if workdir.is_dir() else None
+    with pytest.raises(error, match=match) as raised:
+        train(config, workdir)
+    assert (tree_of(workdir) if workdir.is_dir() else None) == before
+    return str(raised.value)
+
+
+@pytest.fixture
+def copy_of_stage1(stage1, tmp_path):
+    """A workdir to be damaged."""
+    return pathlib.Path(shutil.copytree(stage1[1], tmp_path / "copy"))
+
+
+def test_a_workdir_of_another_config(stage1, config_of):
+    config = config_of("stage1", **EMA, **{"optimizer.learning_rate": 0.5, "seed": 7})
+    text = refused(config, stage1[1], ValueError, "belongs to another config")
+    assert "optimizer.learning_rate: 0.001 there, 0.5 here" in text
+    assert "seed: 0 there, 7 here" in text
+    assert text.count(" there, ") == 2
+
+
+def test_a_folder_in_other_use(config_of, tmp_path):
+    (tmp_path / "photo.jpg").write_bytes(b"mine")
+    refused(config_of("stage1"), tmp_path, ValueError, "is not empty and is no workdir")
+    refused(config_of("stage1"), tmp_path / "photo.jpg", ValueError, "is a file")
+
+
+def test_a_workdir_that_was_killed_while_it_was_claimed(tmp_path, config_of, converted):
+    from wemmu_jax.training.checkpoints import check_workdir
+
+    (tmp_path / "run.json").write_text("{}")
+    check_workdir(tmp_path, config_of("stage1"))
+
+
+def test_no_weights(config_of, tmp_path):
+    workdir = tmp_path / "run"
+    config = config_of("stage1")
+    config.init = ""
+    refused(config, workdir, FileNotFoundError, "no weights to start from: give --init")
+    refused(
+        config_of("stage1", tmp_path / "nowhere"), workdir, FileNotFoundError, "is not a folder"
+    )
+    (tmp_path / "empty").mkdir()
+    refused(
+        config_of("stage1", tmp_path / "empty"),
+        workdir,
+        FileNotFoundError,
+        "neither a converted folder",
+    )
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun/run.json").write_text("{}")
+    refused(
+        config_of("stage2", tmp_path / "begun"),
+        workdir,
+        FileNotFoundError,
+        "no finished checkpoint",
+    )
+    assert not workdir.exists()
+
+
+def test_another_bridge_than_the_stage_before(stage1, config_of, tmp_path):
+    config = config_of("stage2", stage1[1], **{"model.bridge.vae_stream": "expert"})
+    text = refused(config, tmp_path / "run", ValueError, "was trained with another bridge")
+    assert "vae_stream: 'frozen' there, 'expert' here" in text and text.count(" there, ") == 1
+
+
+@pytest.mark.parametrize(
+    "lost", ["params/manifest.ocdbt", "params/d", "optimizer", "params/_METADATA"]
+)
+def test_half_a_checkpoint(lost, copy_of_stage1, config_of):
+    target = copy_of_stage1 / "checkpoints/6" / lost
+    shutil.rmtree(target) if target.is_dir() else target.unlink()
+    text = refused(
+        config_of("stage1", **EMA), copy_of_stage1, ValueError, "checkpoint .*/6 is not whole"
+    )
+    assert lost.split("/")[0] in text and "remove the folder" in text
+
+
+def test_a_checkpoint_that_is_damaged(copy_of_stage1, config_of):
+    for file in (copy_of_stage1 / "checkpoints/6/params").rglob("d/*"):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    refused(config_of("stage1", **EMA), copy_of_stage1, ValueError, "checkpoint .*/6 is ")
+
+
+def test_a_checkpoint_that_was_never_finished_is_passed_over(copy_of_stage1):
+    """As a kill leaves it: under Orbax's temporary name."""
+    newest = copy_of_stage1 / "checkpoints/6"
+    newest.rename(newest.with_name("6.orbax-checkpoint-tmp"))
+    assert Checkpoints(copy_of_stage1).latest is None
+    with pytest.raises(FileNotFoundError, match="no finished checkpoint"):
+        Origin(copy_of_stage1)
+
+
+def test_other_backbones_than_those_trained_on(stage1, config_of, tmp_path):
+    other = write_converted(tmp_path, seed=1)
+    copy = pathlib.Path(shutil.copytree(stage1[1], tmp_path / "stage1"))
+    run = json.loads((copy / "run.json").read_text())
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "run.json").write_text(json.dumps({**run, "init": str(other)}))
+    with pytest.raises(ValueError, match=r"was trained on backbones .* holds"):
+        Origin(copy)
+    # The same to resume: the folder that the run started from holds other weights by now.
+    (copy / "run.json").write_text(json.dumps({**run, "init": str(other)}))
+    (copy / "config.json").write_text(json.dumps({**config, "init": str(other)}))
+    text = refused(
+        config_of("stage1", other, **EMA), copy, ValueError, "started from other weights"
+    )
+    assert "fingerprint" in text
+
+
+def test_the_stage_before_has_moved_on(stage1, stage2, config_of, tmp_path):
+    """A resumed run, and its weights, go back to the checkpoint that the run started from."""
+    first = pathlib.Path(shutil.copytree(stage1[1], tmp_path / "stage1"))
+    second = pathlib.Path(shutil.copytree(stage2[1], tmp_path / "stage2"))
+    run = json.loads((second / "run.json").read_text())
+    assert run["init_step"] == 6
+    (second / "run.json").write_text(json.dumps({**run, "init": str(first)}))
+    (first / "checkpoints/6").rename(first / "checkpoints/9")
+    with pytest.raises(FileNotFoundError, match="has no checkpoint 6 any more"):
+        Origin(second)
+
+
+def test_two_runs_in_one_workdir(copy_of_stage1, stage1, config_of):
+    config = config_of("stage1", **EMA)
+    with only_run(copy_of_stage1):
+        refused(config, copy_of_stage1, ValueError, "another run is at work here")
+    with only_run(copy_of_stage1):
+        pass
+    # The lock of a process that was killed is gone with it.
+    code = (
+        "import os, pathlib, signal, sys; from wemmu_jax.training.checkpoints import only_run\n"
+        "with only_run(pathlib.Path(sys.argv[1])): os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, str(copy_of_stage1)], check=False)
+    assert killed.returncode == -9
+    with only_run(copy_of_stage1):
+        pass
+    assert int(last_state(stage1[0], copy_of_stage1).step) == 6
+
+
+def test_sizes_that_the_devices_do_not_divide(config_of, monkeypatch):
+    """With the mesh that a run really makes: all devices."""
+    from wemmu_jax.sharding.mesh import make_mesh
+    from wemmu_jax.training import run
+
+    monkeypatch.setattr(run, "make_mesh", make_mesh)
+    with pytest.raises(ValueError, match=r"12 rows does not divide over 8 devices.*\[8, 16\]"):
+        prepare(config_of("stage1", **{"batch.rows": 12}))
+    with pytest.raises(ValueError, match=r"4 rows does not divide over 8 devices.*\[8\]"):
+        prepare(config_of("stage1", validation_rows=4))
