@@ -135,7 +135,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--streams", nargs="+", default=[stream.value for stream in VAEStream])
     parser.add_argument("--fsdp", type=int, default=8)
     parser.add_argument("--rows-512", type=int, default=32, help="rows of a micro-batch in stage 1")
-    parser.add_argument("--rows-1024", type=int, default=8, help="rows in stages 2 to 4")
+    parser.add_argument("--rows-1024", type=int, default=16, help="rows in stages 2 to 4")
     parser.add_argument("--text-length", type=int, default=128)
     parser.add_argument("--only", help="compile only programs whose name starts so")
     parser.add_argument("--dump", help="folder for the optimised programs' text")

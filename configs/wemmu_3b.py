@@ -3,7 +3,8 @@
     wemmu train --config configs/wemmu_3b.py:stage1 --init CONVERTED --workdir runs/stage1
     wemmu train --config configs/wemmu_3b.py:stage2 --init runs/stage1 --workdir runs/stage2
 
-`data.sources` must be filled in: nobody's folders are known here.
+`data.sources` must be filled in: nobody's folders are known here. Every stage has a seed of its own, or it would see
+the records in the order, and with the noise, of the stage before.
 """
 
 import ml_collections
@@ -12,6 +13,7 @@ from wemmu_jax.training.curriculum import BRIDGE_LEARNS, base_config, rounded_st
 
 STAGES = {
     "stage1": {
+        "seed": 1,
         "data.resolution": 512,
         "data.mixture": {"Rec": 50.0, "T2I": 47.0, "Uncond": 3.0},
         "paper": {"batch": 2336, "steps": 34_000},
@@ -22,18 +24,21 @@ STAGES = {
         "trainable": BRIDGE_LEARNS,
     },
     "stage2": {
+        "seed": 2,
         "data.resolution": 1024,
         "data.mixture": {"Rec": 50.0, "T2I": 47.0, "Uncond": 3.0},
         "paper": {"batch": 584, "steps": 44_000},
         "batch": {"rows": 128, "micro_batches": 4},
     },
     "stage3": {
+        "seed": 3,
         "data.resolution": 1024,
         "data.mixture": {"S-Edit": 55.0, "T2I": 25.0, "Rec": 20.0, "Uncond": 10.0},
         "paper": {"batch": 584, "steps": 34_000},
         "batch": {"rows": 128, "micro_batches": 4},
     },
     "stage4": {
+        "seed": 4,
         "data.resolution": 1024,
         "data.mixture": {"S-Edit": 35.0, "M-Edit": 20.0, "T2I": 25.0, "Rec": 20.0, "Uncond": 10.0},
         "paper": {"batch": 244, "steps": 18_000},

@@ -1,11 +1,14 @@
 """The paper's model at its real size: no weights are made, every program of training is lowered for eight devices,
 and, in the slow tests, compiled for a TPU that is not there."""
 
+import contextlib
+import re
+
 import jax
 import numpy as np
 import pytest
 
-from benchmarks.compile_tpu import compiled, programs
+from benchmarks.compile_tpu import COLLECTIVES, compiled, programs
 from configs.wemmu_3b import STAGES, get_config
 from tests.models.wemmu_fixtures import row_encoder, small_config
 from wemmu_jax.data.pipeline import MicroBatch
@@ -51,7 +54,8 @@ def test_every_program_of_a_stage_compiles_for_a_v5p_and_fits(stage, stream):
 def small_run(stream: str, rows: int) -> AbstractRun:
     config = get_config("stage4")
     config.model.bridge = small_config(vae_stream=VAEStream(stream)).bridge.to_dict()
-    config.data.resolution, config.data.pad_multiple, config.batch.rows = 64, 4, rows
+    config.data.resolution, config.data.max_aspect, config.data.pad_multiple = 64, 1.5, 4
+    config.batch.rows = rows
     return AbstractRun.of(config, small_config(vae_stream=VAEStream(stream)), make_mesh(fsdp=2))
 
 
@@ -117,3 +121,23 @@ def test_without_libtpu_the_error_says_what_to_install(monkeypatch):
 def test_a_topology_that_does_not_exist_is_an_error():
     with pytest.raises(ValueError, match="no TPU topology 'v9:2x2'"):
         topology_devices("v9:2x2")
+
+
+def moved(text: str, rows: int) -> set[str]:
+    """Collectives of an optimised program whose result has an axis as long as the whole batch."""
+    shapes = re.findall(rf"= \(?(\w+\[[\d,]*\]).*? (?:{'|'.join(COLLECTIVES)})(?:-start)?\(", text)
+    return {shape for shape in shapes if re.search(rf"[\[,]{rows}[,\]]", shape)}
+
+
+def test_weights_come_to_the_rows_and_never_the_rows_to_the_weights(monkeypatch):
+    rows = 136  # no other axis is as long
+    monkeypatch.setattr("wemmu_jax.sharding.rules.SMALL", 0)  # so that small leaves are cut too
+
+    def text() -> str:
+        run = small_run("frozen", rows)
+        batch = run.batch(run.square, arity=1, text_length=32)
+        return run.accumulate(batch).compile().as_text()
+
+    assert {shape for shape in moved(text(), rows) if not shape.endswith(f"[{rows}]")} == set()
+    monkeypatch.setattr("wemmu_jax.training.step.rows_stay", lambda mesh: contextlib.nullcontext())
+    assert moved(text(), rows), "the pins were not needed here, so this test shows nothing"
