@@ -14,7 +14,7 @@ test-all: $(READY)
 	$(BIN)/pytest -n 2 --dist loadfile
 
 parity: $(READY)
-	@$(BIN)/python -m tests.parity
+	$(BIN)/python -m tests.parity > docs/parity.md; code=$$?; cat docs/parity.md; exit $$code
 
 demo: $(READY)
 	$(BIN)/wemmu demo --out out/demo

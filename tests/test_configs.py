@@ -71,8 +71,9 @@ def test_stages_differ_where_the_paper_says():
     stages = [flat(config_of(name)) for name in PAPER]
     differing = {key for key in stages[0] if any(s[key] != stages[0][key] for s in stages[1:])}
     assert {key.rpartition(".")[0] or key for key in differing} == (
-        {"name", "data", "data.mixture", "batch", "paper", "optimizer", "loss", "trainable"}
+        {"name", "seed", "data", "data.mixture", "batch", "paper", "optimizer", "loss", "trainable"}
     )
+    assert len({stage["seed"] for stage in stages}) == 4  # or a stage repeats the noise of another
     assert {key for key in differing if key.startswith(("data.", "loss.", "optimizer."))} == {
         "data.resolution",
         *(f"data.mixture.{task}" for task in ("T2I", "Uncond", "Rec", "S-Edit", "M-Edit")),

@@ -46,12 +46,14 @@ def test_rows_that_it_divides():
         ("dit/blocks/x/kernel", (4096, 16, 32), 8, (None, None, "fsdp")),
         # The longest that does not divide gives way to the next.
         ("position_mlp/table", (74, 74, 2048), 8, (None, None, "fsdp")),
-        ("vlm/text/embed/embedding", (151_937, 2048), 8, (None, "fsdp")),
+        ("vlm/text/lm_head/kernel", (151_937, 2048), 8, (None, "fsdp")),
         ("expert/layers/norm/scale", (36, 2048), 8, (None, "fsdp")),
         # Small ones, odd ones and scalars are everywhere.
         ("expert/norm/scale", (2048,), 8, ()),
         ("odd/kernel", (1001, 333), 8, ()),
         ("step", (), 8, ()),
+        # And so is the table that tokens are looked up in.
+        ("vlm/text/embed_tokens/embedding", (151_936, 2048), 8, ()),
         ("position_mlp/gate_proj/kernel", (2048, 16384), 1, ()),
     ],
 )

@@ -27,7 +27,7 @@ from wemmu_jax.inference.requests import (
     opened_picture,
 )
 from wemmu_jax.inference.sampling import Canvas, Sampler, SolverSettings
-from wemmu_jax.models.qwen2_5_vl.decode import Sampling, generate
+from wemmu_jax.models.qwen2_5_vl.decode import Sampling
 from wemmu_jax.models.wemmu.batch import PromptBatch, Sources
 from wemmu_jax.models.wemmu.config import BridgeConfig, WeMMUConfig
 from wemmu_jax.models.wemmu.modeling import WeMMUModel
@@ -218,7 +218,7 @@ class WeMMU:
             self.params["vlm"], prompt.tokens[None], prompt.feature_index[None], packed
         )
         prompts = self.requests.rows.prompts
-        answer = generate(
+        answer = self._sampler.answer(
             self.model.text,
             self.params["vlm"]["text"],
             embeds,

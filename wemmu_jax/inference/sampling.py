@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from wemmu_jax.diffusion.guidance import Guidance, guided
 from wemmu_jax.diffusion.solvers import Solver, solve
+from wemmu_jax.models.qwen2_5_vl.decode import generate
 from wemmu_jax.models.wemmu.batch import PromptBatch, Sources
 from wemmu_jax.models.wemmu.modeling import Condition, WeMMUModel
 from wemmu_jax.models.wemmu.queries import draw_noise
@@ -64,6 +65,12 @@ class Sampler:
     def embed(self):
         """(VLM's params, tokens, feature_index, images) -> prompts [B, L, D] from which an answer is decoded."""
         return jit_stack(self.model.embed_prompt)
+
+    @functools.cached_property
+    def answer(self):
+        """`decode.generate`, as a stack's program."""
+        static = ("model", "max_new_tokens", "eos_ids", "sampling")
+        return jit_stack(generate, static_argnames=static)
 
     @functools.cached_property
     def condition(self):

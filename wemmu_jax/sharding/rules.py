@@ -21,6 +21,8 @@ SMALL = 2**16  # values; below this a leaf is copied to every device
 def parameter_spec(path: str, shape: tuple[int, ...], *, fsdp: int) -> PartitionSpec:
     """A leaf is cut along its longest axis that `fsdp` divides, never along the layers of a scanned stack.
 
+    Small leaves and the words' embedding, which is frozen and 0.6 GB, are on every device.
+
     Args:
       path: the leaf's path; kernels of stacks have one axis more than those of single layers.
       shape: its shape.
@@ -31,7 +33,8 @@ def parameter_spec(path: str, shape: tuple[int, ...], *, fsdp: int) -> Partition
         size *= side
     stacked = "layers/" in path or "blocks/" in path
     axes = [a for a in range(int(stacked), len(shape)) if shape[a] % fsdp == 0]
-    if fsdp == 1 or size < SMALL or not axes:
+    # A lookup in a table that is cut would run over the whole batch on every device.
+    if fsdp == 1 or size < SMALL or not axes or path.endswith("/embedding"):
         return PartitionSpec()
     longest = max(axes, key=lambda axis: shape[axis])
     return PartitionSpec(*[None] * longest, "fsdp")

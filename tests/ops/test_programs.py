@@ -1,0 +1,31 @@
+"""A stack of bfloat16 layers needs no float32 copy of all its weights on a CPU."""
+
+import jax
+import jax.numpy as jnp
+
+from wemmu_jax.ops.programs import jit_stack
+
+LAYERS, WIDTH = 24, 256
+FLOAT32_COPY = LAYERS * WIDTH * WIDTH * 4
+
+
+def run_stack(weights: jax.Array, x: jax.Array) -> jax.Array:
+    return jax.lax.scan(lambda x, weight: (jnp.tanh(x @ weight), None), x, weights)[0]
+
+
+def temporaries(jit) -> int:
+    weights = jax.ShapeDtypeStruct((LAYERS, WIDTH, WIDTH), jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((8, WIDTH), jnp.bfloat16)
+    return jit(run_stack).lower(weights, x).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_the_weights_are_converted_layer_by_layer():
+    assert temporaries(jit_stack) < FLOAT32_COPY / 4
+    assert temporaries(jax.jit) >= FLOAT32_COPY, "plain jit does as well: jit_stack can go"
+
+
+def test_the_numbers_are_those_of_plain_jit():
+    keys = jax.random.split(jax.random.key(0))
+    weights = jax.random.normal(keys[0], (LAYERS, WIDTH, WIDTH), jnp.bfloat16) / 16
+    x = jax.random.normal(keys[1], (8, WIDTH), jnp.bfloat16)
+    assert (jit_stack(run_stack)(weights, x) == jax.jit(run_stack)(weights, x)).all()
