@@ -44,7 +44,7 @@ def get_config(stage: str) -> ml_collections.ConfigDict:
     data.sources = tuple(_miniworld("train", 200_000))
     data.held_out = tuple(_miniworld("held_out", 1000))
     data.threads = 2
-    config.batch.rows, config.batch.micro_batches = 16, 2
+    config.batch.rows, config.batch.micro_batches = 8, 2
     config.paper.batch = config.batch.rows * config.batch.micro_batches
     config.paper.steps = STEPS
     config.optimizer.steps, config.optimizer.warmup = STEPS, 5

@@ -46,6 +46,7 @@ def _use_compilation_cache(folder: pathlib.Path) -> None:
 
 def _backbones(out: pathlib.Path, say: Callable[[str], None]) -> pathlib.Path:
     from wemmu_jax.conversion.convert import convert
+    from wemmu_jax.data.prompts import RECONSTRUCTION_PROMPT
     from wemmu_jax.demo.photographs import write_photographs
     from wemmu_jax.miniworld.backbones import write_backbones
     from wemmu_jax.miniworld.sources import KINDS, MiniworldSource
@@ -56,6 +57,12 @@ def _backbones(out: pathlib.Path, say: Callable[[str], None]) -> pathlib.Path:
     say("writing tiny backbones as Hugging Face folders, and photographs")
     sources = [MiniworldSource(kind, seed=0, size=500, split="train") for kind in KINDS]
     texts = [source[i].text for source in sources for i in range(len(source))]
+    texts += [
+        "system\nYou are a helpful assistant.",
+        "user\n",
+        "assistant\n",
+        RECONSTRUCTION_PROMPT,
+    ] * 100
     write_backbones(out / "huggingface", texts, seed=0)
     write_photographs(out / "photographs")
     say("converting them")
