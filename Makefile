@@ -11,6 +11,7 @@ test: $(READY)
 	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile
 
 test-all: $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-tpu.txt
 	$(BIN)/pytest -n 2 --dist loadfile
 
 parity: $(READY)
