@@ -1,5 +1,6 @@
 """Grades a model on held-out miniworld requests: pictures by the scorer, answers by their words."""
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Callable, Iterator
@@ -99,14 +100,7 @@ class _Grader:
                 steps=self._steps,
             )
             grade = score_edit(self._save(picture, "S-Edit", kind, number), request)
-            yield {
-                "text": request.instruction,
-                "correct": grade.correct,
-                "changed": grade.changed,
-                "kept": grade.kept,
-                "copied": grade.copied,
-                "reason": grade.reason,
-            }
+            yield {"text": request.instruction, **dataclasses.asdict(grade)}
 
     def reconstruct(self, kind: str, count: int) -> Iterator[dict]:
         """The scene kept."""
@@ -129,14 +123,7 @@ class _Grader:
                 steps=self._steps,
             )
             grade = score_composition(self._save(picture, "M-Edit", kind, number), request)
-            yield {
-                "text": request.instruction,
-                "correct": grade.correct,
-                "changed": grade.changed,
-                "kept": grade.kept,
-                "copied": grade.copied,
-                "reason": grade.reason,
-            }
+            yield {"text": request.instruction, **dataclasses.asdict(grade)}
 
     def chat(self, kind: str, count: int) -> Iterator[dict]:
         """The one right answer, but for case, blanks and a full stop."""
