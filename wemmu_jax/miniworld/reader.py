@@ -22,7 +22,8 @@ _FOREIGN = 70.0  # farther than this from every mixture, a pixel is something el
 _SPECK = 0.15  # blobs below this share of a disc's area are dirt
 _LEAST_OVERLAP, _LEAST_LEAD = 0.6, 0.02
 _LEAST_RADIUS, _MOST_RADIUS = 0.6, 1.5  # of a drawn shape's
-_EDGES = (1.0, 3.0)  # widths of a drawn and of a blurred edge, in pixels
+_SOFT = np.exp(-0.5 * np.arange(-3, 4) ** 2)  # a Gaussian of sigma 1 pixel
+_SOFT /= _SOFT.sum()
 _SECOND_COLOUR = 0.25  # share of a blob from which a second colour makes a second blob
 
 
@@ -157,6 +158,7 @@ class _Fit(NamedTuple):
     x: float
     y: float
     radius: float
+    gain: float
 
 
 def _moments(weights: np.ndarray, x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
@@ -175,6 +177,13 @@ def _unit_moments(shape: str) -> tuple[float, float, float]:
 _UNIT = {shape: _unit_moments(shape) for shape in SHAPES}
 
 
+def _softened(drawn: np.ndarray) -> np.ndarray:
+    """The same [h, w] under a Gaussian of sigma 1 pixel."""
+    padded = np.pad(drawn, 3)
+    rows = sum(weight * padded[i : len(padded) - 6 + i] for i, weight in enumerate(_SOFT))
+    return sum(weight * rows[:, i : rows.shape[1] - 6 + i] for i, weight in enumerate(_SOFT))
+
+
 def _fits(weights: np.ndarray) -> list[_Fit]:
     """Each shape drawn with the area and centroid of weights [h, w], as sharp or soft as overlaps better; best
     overlap first."""
@@ -182,15 +191,20 @@ def _fits(weights: np.ndarray) -> list[_Fit]:
     area, middle_x, middle_y = _moments(weights, x, y)
     fits = []
     for shape, (unit_area, unit_x, unit_y) in _UNIT.items():
-        radius = (area / unit_area) ** 0.5
-        x0, y0 = middle_x - unit_x * radius, middle_y - unit_y * radius
-        overlap = 0.0
-        for edge in _EDGES:
-            drawn = coverage(shape, (x[None] - x0) / edge, (y[:, None] - y0) / edge, radius / edge)
-            common = np.minimum(drawn, weights).sum() / np.maximum(drawn, weights).sum()
-            overlap = max(overlap, float(common))
-        fits.append(_Fit(overlap, shape, x0, y0, radius))
-    return sorted(fits, reverse=True)
+        for soft in (False, True):
+            gain = 1.0
+            for _ in range(1 + soft):
+                radius = (area / gain / unit_area) ** 0.5
+                x0, y0 = middle_x - unit_x * radius, middle_y - unit_y * radius
+                drawn = coverage(shape, x[None] - x0, y[:, None] - y0, radius)
+                if soft:
+                    drawn = _softened(drawn)
+                    gain = max(float((drawn * weights).sum() / (drawn * drawn).sum()), 1.0)
+            drawn = gain * drawn
+            overlap = np.minimum(drawn, weights).sum() / np.maximum(drawn, weights).sum()
+            fits.append(_Fit(float(overlap), shape, x0, y0, radius, gain))
+    best = {fit.shape: fit for fit in sorted(fits)}
+    return sorted(best.values(), reverse=True)
 
 
 def _see(pixels: np.ndarray, background: np.ndarray, mask: np.ndarray, others: np.ndarray) -> Seen:
@@ -211,7 +225,7 @@ def _see(pixels: np.ndarray, background: np.ndarray, mask: np.ndarray, others: n
     row, column = (min(max(int(share * GRID), 0), GRID - 1) for share in middle[::-1])
     return Seen(
         shape=best.shape if clear and _LEAST_RADIUS <= scale <= _MOST_RADIUS else None,
-        colour=_nearest(core + background, _COLOUR_RGB, _COLOUR_NAMES, _COLOUR_REACH),
+        colour=_nearest(best.gain * core + background, _COLOUR_RGB, _COLOUR_NAMES, _COLOUR_REACH),
         place=PLACES[row * GRID + column],
         middle=middle,
         extent=((columns[-1] + 1 - columns[0]) / width, (rows[-1] + 1 - rows[0]) / height),
