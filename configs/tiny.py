@@ -39,8 +39,8 @@ def get_config(stage: str) -> ml_collections.ConfigDict:
     config.model.dtype = "float32"
     config.model.remat = "none"
     data = config.data
-    data.resolution, data.buckets, data.max_aspect, data.pad_multiple = 64, 3, 2.0, 8
-    data.text_lengths = (128,)
+    data.resolution, data.buckets, data.max_aspect, data.pad_multiple = 48, 3, 2.0, 4
+    data.text_lengths = (64,)
     data.sources = tuple(_miniworld("train", 200_000))
     data.held_out = tuple(_miniworld("held_out", 1000))
     data.threads = 2

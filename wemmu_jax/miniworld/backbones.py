@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from wemmu_jax.conversion.backbones import DC_AE, DIT, VLM, Backbone
-from wemmu_jax.conversion.memory import flatten
+from wemmu_jax.conversion.convert import plan
+from wemmu_jax.conversion.memory import flatten, nest
 from wemmu_jax.conversion.safetensors_io import Spec, write_file
 from wemmu_jax.models.qwen2_5_vl.tokenizer import train_tokenizer
 from wemmu_jax.models.wemmu.config import BridgeConfig, WeMMUConfig
@@ -45,7 +46,7 @@ VLM_CONFIG = {
         "patch_size": 4,
         "temporal_patch_size": 2,
         "spatial_merge_size": 2,
-        "window_size": 32,
+        "window_size": 24,
         "fullatt_block_indexes": [1, 3],
         "out_hidden_size": 128,
         "hidden_act": "silu",
@@ -56,8 +57,8 @@ PREPROCESSOR = {
     "image_processor_type": "Qwen2VLImageProcessor",
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711],
-    "min_pixels": 1024,
-    "max_pixels": 16384,
+    "min_pixels": 2304,
+    "max_pixels": 3456,
     "patch_size": 4,
     "temporal_patch_size": 2,
     "merge_size": 2,
@@ -77,7 +78,7 @@ DIT_CONFIG = {
     "mlp_ratio": 2.5,
     "dropout": 0.0,
     "attention_bias": False,
-    "sample_size": 8,
+    "sample_size": 6,
     "patch_size": 1,
     "norm_elementwise_affine": False,
     "norm_eps": 1e-6,
@@ -85,7 +86,7 @@ DIT_CONFIG = {
     "qk_norm": "rms_norm_across_heads",
 }
 
-_BLOCKS = ["ResBlock", "ResBlock", "EfficientViTBlock", "EfficientViTBlock"]
+_BLOCKS = ["ResBlock", "ResBlock", "ResBlock", "EfficientViTBlock"]
 DC_AE_CONFIG = {
     "_class_name": "AutoencoderDC",
     "in_channels": 3,
@@ -93,12 +94,12 @@ DC_AE_CONFIG = {
     "attention_head_dim": 16,
     "encoder_block_types": _BLOCKS,
     "decoder_block_types": _BLOCKS,
-    "encoder_block_out_channels": [16, 32, 64, 64],
-    "decoder_block_out_channels": [16, 32, 64, 64],
+    "encoder_block_out_channels": [16, 32, 64, 128],
+    "decoder_block_out_channels": [16, 32, 64, 128],
     "encoder_layers_per_block": [1, 1, 1, 1],
     "decoder_layers_per_block": [1, 1, 1, 1],
-    "encoder_qkv_multiscales": [[], [], [5], [5]],
-    "decoder_qkv_multiscales": [[], [], [5], [5]],
+    "encoder_qkv_multiscales": [[], [], [], [5]],
+    "decoder_qkv_multiscales": [[], [], [], [5]],
     "upsample_block_type": "interpolate",
     "downsample_block_type": "conv",
     "decoder_norm_types": "rms_norm",
@@ -106,7 +107,7 @@ DC_AE_CONFIG = {
     "scaling_factor": 0.2,  # latents of about unit variance, with random weights
 }
 
-BRIDGE = {"fixed_grid": 8, "max_grid": 24, "position_mlp_hidden": 512, "connector_heads": 4}
+BRIDGE = {"fixed_grid": 6, "max_grid": 24, "position_mlp_hidden": 512, "connector_heads": 4}
 
 SCHEDULER_CONFIG = {
     "_class_name": "DPMSolverMultistepScheduler",
@@ -140,8 +141,21 @@ def save_backbone(backbone: Backbone, root: pathlib.Path, config: Mapping, param
     )
 
 
-def write_backbones(root: pathlib.Path, texts: Iterable[str], *, seed: int) -> None:
-    """Writes ROOT/vlm and ROOT/sana with random weights and a tokenizer learned from `texts`."""
+def load_backbone(backbone: Backbone, root: pathlib.Path) -> dict:
+    """One model's parameters from `save_backbone`'s folder, as they are in the file.
+
+    Raises:
+      ValueError: its weights are missing or do not fit its config.
+    """
+    leaves, _ = plan({backbone: root / backbone.folder})
+    flat = {
+        path: np.stack(list(leaf.parts())).reshape(leaf.spec.shape) for path, leaf in leaves.items()
+    }
+    return nest(flat)[backbone.prefix]
+
+
+def write_configs(root: pathlib.Path, texts: Iterable[str]) -> None:
+    """Writes ROOT/vlm and ROOT/sana without weights, with a tokenizer learned from `texts`."""
     vlm = root / "vlm"
     tokenizer = train_tokenizer(texts, vocab_size=VOCABULARY, folder=vlm)
     special = tokenizer.get_added_vocab()
@@ -154,19 +168,24 @@ def write_backbones(root: pathlib.Path, texts: Iterable[str], *, seed: int) -> N
         "eos_token_id": special["<|im_end|>"],
         **{f"{name}_token_id": special[token] for name, token in names.items()},
     }
-    (vlm / "config.json").write_text(json.dumps(config))
-    for folder, content in (("transformer", DIT_CONFIG), ("vae", DC_AE_CONFIG)):
-        (root / "sana" / folder).mkdir(parents=True, exist_ok=True)
-        (root / "sana" / folder / "config.json").write_text(json.dumps(content))
-    model = WeMMUModel(WeMMUConfig.from_folder(root, BridgeConfig(**BRIDGE)), dtype=jnp.float32)
-    params = jax.jit(model.init_backbones)(stream_key(seed, Stream.INIT))
-    for backbone, content in ((VLM, config), (DIT, DIT_CONFIG), (DC_AE, DC_AE_CONFIG)):
-        save_backbone(backbone, root, content, params[backbone.prefix])
     ends = [special["<|im_end|>"], special["<|endoftext|>"]]
+    _write(vlm / "config.json", config)
     _write(vlm / "generation_config.json", {"eos_token_id": ends})
     _write(vlm / "preprocessor_config.json", PREPROCESSOR)
+    _write(root / "sana/transformer/config.json", DIT_CONFIG)
+    _write(root / "sana/vae/config.json", DC_AE_CONFIG)
     _write(root / "sana/scheduler/scheduler_config.json", SCHEDULER_CONFIG)
     _write(root / "sana/model_index.json", {"_class_name": "SanaPipeline"})
+
+
+def write_backbones(root: pathlib.Path, texts: Iterable[str], *, seed: int) -> None:
+    """`write_configs`, and random weights that have learned nothing."""
+    write_configs(root, texts)
+    model = WeMMUModel(WeMMUConfig.from_folder(root, BridgeConfig(**BRIDGE)), dtype=jnp.float32)
+    params = jax.jit(model.init_backbones)(stream_key(seed, Stream.INIT))
+    for backbone in (VLM, DIT, DC_AE):
+        config = json.loads((root / backbone.folder / "config.json").read_text())
+        save_backbone(backbone, root, config, params[backbone.prefix])
 
 
 def _write(path: pathlib.Path, content: Mapping) -> None:
