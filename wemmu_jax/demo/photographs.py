@@ -1,5 +1,6 @@
 """A folder of real photographs with captions and simple edits, from those that scikit-image ships."""
 
+import functools
 import json
 import pathlib
 from collections.abc import Callable
@@ -34,15 +35,15 @@ def write_photographs(folder: pathlib.Path, *, seed: int = 0) -> None:
     Raises:
       FileNotFoundError: scikit-image is not installed.
     """
-    originals = _originals()
+    originals = _photographs()
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for name, caption in CAPTIONS.items():
-        photograph = Image.open(originals / name).convert("RGB")
         for aspect in ASPECTS:
+            size = (round(SIDE * aspect**0.5), round(SIDE / aspect**0.5))
             for number in range(CROPS):
-                crop = _crop(photograph, aspect, rng)
+                crop = _crop(originals[name], size, rng)
                 stem = f"{pathlib.Path(name).stem}-{aspect}-{number}"
                 crop.save(folder / f"{stem}.png")
                 lines.append({"image": f"{stem}.png", "caption": caption})
@@ -59,20 +60,34 @@ def write_photographs(folder: pathlib.Path, *, seed: int = 0) -> None:
     (folder / "captions.jsonl").write_text(text)
 
 
-def _originals() -> pathlib.Path:
+def random_crops(rng: np.random.Generator, count: int, size: tuple[int, int]) -> list[np.ndarray]:
+    """Crops of the photographs, uint8[*size, 3] each.
+
+    Raises:
+      FileNotFoundError: scikit-image is not installed.
+    """
+    photographs = list(_photographs().values())
+    chosen = rng.integers(len(photographs), size=count)
+    return [np.asarray(_crop(photographs[i], size, rng)) for i in chosen]
+
+
+@functools.cache
+def _photographs() -> dict[str, Image.Image]:
     try:
         import skimage
     except ImportError as error:
         raise FileNotFoundError(
-            "the demo's photographs come with scikit-image: pip install scikit-image"
+            "the photographs come with scikit-image: pip install scikit-image"
         ) from error
-    return pathlib.Path(skimage.__file__).parent / "data"
+    folder = pathlib.Path(skimage.__file__).parent / "data"
+    return {name: Image.open(folder / name).convert("RGB") for name in CAPTIONS}
 
 
-def _crop(image: Image.Image, aspect: float, rng: np.random.Generator) -> Image.Image:
-    """A random crop of half to all of what the aspect allows."""
+def _crop(image: Image.Image, size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
+    """A random crop of half to all of what the aspect allows, at `size` (height, width)."""
+    aspect = size[0] / size[1]
     height = min(image.height, image.width * aspect) * rng.uniform(0.5, 1)
     width = height / aspect
     left, top = rng.uniform(0, image.width - width), rng.uniform(0, image.height - height)
-    size = (round(SIDE / aspect**0.5), round(SIDE * aspect**0.5))
-    return image.resize(size, Image.Resampling.LANCZOS, box=(left, top, left + width, top + height))
+    box = (left, top, left + width, top + height)
+    return image.resize(size[::-1], Image.Resampling.LANCZOS, box=box)

@@ -155,13 +155,20 @@ KINDS: dict[str, tuple[Asker, Phrases]] = {
 }
 
 
+def ask(rng: np.random.Generator, split: Split, scene: Scene, kind: str) -> Question | None:
+    """A question of `kind` about `scene`, in a wording of `split`; None where the scene has nothing to ask."""
+    asker, phrases = KINDS[kind]
+    asked = asker(scene, rng)
+    if asked is None:
+        return None
+    words, answer = asked
+    return Question(kind, phrases.draw(rng, split).format(**words), answer, scene)
+
+
 def draw_question(rng: np.random.Generator, split: Split, kind: str | None = None) -> Question:
     """A question of `kind` (any, if None) about a scene of `split`, in a wording of `split`."""
     kind = kind or choose(rng, KINDS)
-    asker, phrases = KINDS[kind]
     while True:
-        scene = draw_scene(rng, split)
-        asked = asker(scene, rng)
-        if asked:
-            words, answer = asked
-            return Question(kind, phrases.draw(rng, split).format(**words), answer, scene)
+        question = ask(rng, split, draw_scene(rng, split), kind)
+        if question:
+            return question

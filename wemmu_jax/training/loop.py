@@ -50,7 +50,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> Non
             claim_workdir(workdir, config, run.origin.described() | bridge)
             stack.enter_context(only_run(workdir))
             _announce(run, workdir)
-        stop = stack.enter_context(_StopOnSignal())
+        stop = stack.enter_context(StopOnSignal())
         checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints)
         stack.enter_context(contextlib.closing(checkpoints))
         state = _first_state(run, checkpoints)
@@ -83,13 +83,13 @@ def _first_state(run: Run, checkpoints: Checkpoints) -> TrainState:
     return state
 
 
-class _StopOnSignal:
+class StopOnSignal:
     """Remembers a SIGTERM; the handler of before comes back at the end."""
 
     def __init__(self):
         self.asked = False
 
-    def __enter__(self) -> "_StopOnSignal":
+    def __enter__(self) -> "StopOnSignal":
         self._before = signal.signal(signal.SIGTERM, self._ask)
         return self
 
@@ -134,7 +134,7 @@ def _run_steps(
     state: TrainState,
     checkpoints: Checkpoints,
     progress: Progress,
-    stop: _StopOnSignal,
+    stop: StopOnSignal,
     workdir: pathlib.Path,
 ) -> None:
     start, steps, every = int(state.step), run.stage.optimizer.steps, run.config.every

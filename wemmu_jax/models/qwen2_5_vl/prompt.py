@@ -69,7 +69,7 @@ class PromptEncoder:
     for still pictures. One difference is wanted: what looks like a special token inside the caller's text stays text.
 
     Attributes:
-      image_token_id, vision_start_id, pad_id: what their names say.
+      image_token_id, vision_start_id, turn_start_id, turn_end_id, pad_id: what their names say.
       eos_ids: the tokens that end an answer.
     """
 
@@ -83,6 +83,8 @@ class PromptEncoder:
         self._special_pattern = re.compile("(" + "|".join(map(re.escape, names)) + ")")
         self.image_token_id: int = special[words.IMAGE_PAD]
         self.vision_start_id: int = special[words.VISION_START]
+        self.turn_start_id: int = special[words.TURN_START]
+        self.turn_end_id: int = special[words.TURN_END]
         self.pad_id: int = special[words.END_OF_TEXT]
         self.eos_ids = eos_ids
 
@@ -166,6 +168,10 @@ class PromptEncoder:
             valid=np.arange(length) < len(prompt.tokens),
             next_position=prompt.next_position,
         )
+
+    def words(self, text: str) -> list[int]:
+        """The ids of plain text, in which nothing is special."""
+        return list(self._plain.encode(text).ids)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Token ids as text, special tokens left out."""

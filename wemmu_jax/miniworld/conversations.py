@@ -1,0 +1,79 @@
+"""Conversations about scenes, from which the tiny VLM learns: questions in turns, descriptions, what an instruction
+leads to."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+
+from wemmu_jax.data.prompts import RECONSTRUCTION_PROMPT
+from wemmu_jax.miniworld.compositions import draw_composition
+from wemmu_jax.miniworld.edits import draw_edit
+from wemmu_jax.miniworld.language import Phrases, caption, place_objects, say, with_article
+from wemmu_jax.miniworld.questions import KINDS, ask
+from wemmu_jax.miniworld.scene import Scene, Split, choose, draw_scene
+
+DESCRIBE = Phrases(
+    ("describe the image", "what is in the image?", "what does the image show?"),
+    ("what do we see in the image?",),
+)
+EDIT_SHARE, DESCRIBE_SHARE = 0.25, 0.3
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+    """Turns of (question, answer) after pictures of `scenes`."""
+
+    turns: tuple[tuple[str, str], ...]
+    scenes: tuple[Scene, ...] = ()
+
+
+def describe(scene: Scene) -> str:
+    """All that is to be known of a scene, in one fixed wording."""
+    return f"{place_objects(scene)} on {with_article(scene.background)} background"
+
+
+def draw_conversation(
+    rng: np.random.Generator, split: Split, *, pictures: int, turns: int
+) -> Conversation:
+    """A conversation after `pictures` pictures (0 to 2), of at most `turns` turns.
+
+    About one picture: questions and descriptions, or one edit and what it leads to. About two: a composition and
+    what it leads to. About none: a caption that tells all, with questions on it.
+    """
+    if pictures == 2:
+        composition = draw_composition(rng, split)
+        return Conversation(
+            ((composition.instruction, describe(composition.target)),), composition.sources
+        )
+    if pictures == 1 and rng.random() < EDIT_SHARE:
+        edit = draw_edit(rng, split)
+        return Conversation(((edit.instruction, describe(edit.target)),), (edit.source,))
+    scene = draw_scene(rng, split)
+    asked = tuple(_turn(rng, split, scene) for _ in range(turns))
+    if pictures == 1:
+        return Conversation(asked, (scene,))
+    told = say("places and background", scene, place_objects(scene), rng, split)
+    (question, answer), *rest = asked
+    return Conversation(((f"{told}. {question}", answer), *rest))
+
+
+def _turn(rng: np.random.Generator, split: Split, scene: Scene) -> tuple[str, str]:
+    if rng.random() < DESCRIBE_SHARE:
+        return DESCRIBE.draw(rng, split), describe(scene)
+    while True:
+        question = ask(rng, split, scene, choose(rng, KINDS))
+        if question:
+            return question.text, question.answer
+
+
+def corpus(count: int = 3000) -> Iterator[str]:
+    """The words of miniworld, as often as they come: what the tiny tokenizer learns from."""
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        conversation = draw_conversation(rng, "train", pictures=number % 3, turns=3)
+        for turn in conversation.turns:
+            yield from turn
+        yield caption(draw_scene(rng, "train"), rng, "train")
+        yield from ("system\nYou are a helpful assistant.", "user\n", "assistant\n")
+        yield RECONSTRUCTION_PROMPT

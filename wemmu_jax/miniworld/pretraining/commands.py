@@ -1,0 +1,29 @@
+"""`wemmu miniworld pretrain`: a backbone trained, and written as a Hugging Face folder."""
+
+import json
+import pathlib
+
+from wemmu_jax.miniworld.backbones import write_configs
+from wemmu_jax.miniworld.conversations import corpus
+from wemmu_jax.miniworld.pretraining import dc_ae, sana, vlm
+from wemmu_jax.miniworld.pretraining.loop import pretrain
+
+_RECIPES = {"vlm": vlm, "dc-ae": dc_ae, "sana": sana}
+
+
+def pretrain_backbone(
+    name: str, root: pathlib.Path, workdir: pathlib.Path, *, seed: int, steps: int | None
+) -> None:
+    """Trains `vlm`, `dc-ae` or `sana` and writes its part of ROOT/vlm and ROOT/sana; `sana` needs the others there.
+
+    Raises:
+      ValueError, FloatingPointError, InterruptedError: see `pretrain`.
+      FileNotFoundError: a backbone that this one needs is missing.
+    """
+    if not (root / "vlm/config.json").exists():
+        write_configs(root, corpus())
+    module = _RECIPES[name]
+    recipe = module.recipe(root, seed=seed, steps=steps or module.STEPS)
+    params, scores = pretrain(recipe, workdir)
+    module.save(params, root)
+    print(json.dumps({"backbone": name, "folder": str(root), **scores}, indent=2))

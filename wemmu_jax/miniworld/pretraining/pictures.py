@@ -1,0 +1,17 @@
+"""The random stream and the picture sizes that the recipes share."""
+
+import numpy as np
+
+# The tiny preset's buckets; squares most of the time.
+SIZES = ((48, 48), (32, 64), (64, 32))
+_SHARES = (0.6, 0.2, 0.2)
+
+
+def batch_rng(seed: int, step: int) -> np.random.Generator:
+    """All that is random in the batch of `step`."""
+    return np.random.default_rng([seed, step])
+
+
+def draw_size(rng: np.random.Generator) -> tuple[int, int]:
+    """(height, width) of all pictures of a batch."""
+    return SIZES[rng.choice(len(SIZES), p=_SHARES)]

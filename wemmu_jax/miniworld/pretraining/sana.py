@@ -1,0 +1,175 @@
+"""The tiny Sana DiT: text to image before there is any bridge.
+
+It reads captions through the frozen language model's last hidden states and a linear layer to its caption width.
+The layer is dropped afterwards; the bridge takes its place.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from wemmu_jax.conversion.backbones import DC_AE, DIT, VLM
+from wemmu_jax.data.prompts import UNCONDITIONAL_PROMPT
+from wemmu_jax.diffusion.flow import (
+    TIMESTEPS,
+    TimeLaw,
+    draw_flow_noise,
+    draw_sigma,
+    noised,
+    target_velocity,
+)
+from wemmu_jax.diffusion.guidance import guided, request_guidance
+from wemmu_jax.diffusion.losses import flow_matching
+from wemmu_jax.diffusion.solvers import Solver, solve
+from wemmu_jax.miniworld.backbones import BRIDGE, DIT_CONFIG, load_backbone, save_backbone
+from wemmu_jax.miniworld.language import caption
+from wemmu_jax.miniworld.pretraining.loop import Recipe
+from wemmu_jax.miniworld.pretraining.pictures import SIZES, batch_rng, draw_size
+from wemmu_jax.miniworld.prompts import CATEGORIES, draw_prompt
+from wemmu_jax.miniworld.renderer import render
+from wemmu_jax.miniworld.scene import draw_scene
+from wemmu_jax.miniworld.scorer import score_prompt
+from wemmu_jax.models.qwen2_5_vl.text import Pattern
+from wemmu_jax.models.wemmu.config import BridgeConfig, WeMMUConfig
+from wemmu_jax.models.wemmu.inputs import RowEncoder
+from wemmu_jax.models.wemmu.modeling import Condition, WeMMUModel
+from wemmu_jax.training.optimizer import OptimizerConfig
+
+ROWS, STEPS = 64, 4000
+TEXT_LENGTH = 64
+UNCONDITIONAL_SHARE = 0.1
+SHIFT, GUIDANCE, SOLVER_STEPS = 3.0, 3.0, 20
+HELD_OUT = 32  # prompts of each category
+
+
+@dataclasses.dataclass(frozen=True)
+class _Painter:
+    """The DiT behind the frozen language model."""
+
+    model: WeMMUModel
+    rows: RowEncoder
+
+    @property
+    def projection(self) -> nn.Dense:
+        """From the language model's width to the DiT's caption width."""
+        return nn.Dense(self.model.config.dit.caption_channels)
+
+    def init(self, key: jax.Array) -> dict:
+        """`dit` and `projection`."""
+        first, second = jax.random.split(key)
+        hidden = jnp.zeros((1, 1, self.model.width))
+        projection = self.projection.init(first, hidden)["params"]
+        return {"dit": self.model.init_backbones(second)["dit"], "projection": projection}
+
+    def prompts(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
+        """tokens int32[B, L], position_ids int32[3, B, L], valid bool[B, L]."""
+        rows = [
+            self.rows.prompts.pad(self.rows.prompt(text, (), overflow="cut"), TEXT_LENGTH)
+            for text in texts
+        ]
+        return {
+            "tokens": np.stack([row.tokens for row in rows]),
+            "position_ids": np.stack([row.position_ids for row in rows], axis=1),
+            "valid": np.stack([row.valid for row in rows]),
+        }
+
+    def condition(self, params: Mapping, frozen: Mapping, prompts: Mapping) -> Condition:
+        """What the DiT attends to."""
+        text = {"params": frozen["vlm"]["text"]}
+        hidden, _ = self.model.text.apply(
+            text,
+            self.model.text.apply(text, prompts["tokens"], method="embed"),
+            prompts["position_ids"],
+            valid=prompts["valid"],
+            pattern=Pattern.CAUSAL,
+            return_key_values=False,
+        )
+        tokens = self.projection.apply({"params": params["projection"]}, hidden)
+        return Condition(tokens, prompts["valid"])
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def paint(self, params: Mapping, frozen: Mapping, prompts: Mapping, key: jax.Array):
+        """Pictures uint8[B, 48, 48, 3]; `prompts` holds B unconditional ones, then B captions."""
+        condition = self.condition(params, frozen, prompts)
+        count = prompts["tokens"].shape[0] // 2
+
+        def velocity(latents: jax.Array, timestep: jax.Array) -> jax.Array:
+            times = jnp.full(latents.shape[0], timestep, jnp.float32)
+            return self.model.paint(params, latents, times, condition)
+
+        side, channels = DIT_CONFIG["sample_size"], DIT_CONFIG["in_channels"]
+        latents = solve(
+            guided(velocity, request_guidance(GUIDANCE)),
+            jax.random.normal(key, (count, side, side, channels)),
+            steps=SOLVER_STEPS,
+            shift=SHIFT,
+            solver=Solver.DPM_SOLVER_PP,
+        )
+        return self.model.decode(frozen, latents)
+
+
+def recipe(root: pathlib.Path, *, seed: int, steps: int) -> Recipe:
+    """Flow matching on the latents of drawn scenes."""
+    config = WeMMUConfig.from_folder(root, BridgeConfig(**BRIDGE))
+    rows = RowEncoder.load(root, config).sized([config.query_grid(*s) for s in SIZES], multiple=4)
+    painter = _Painter(WeMMUModel(config, dtype=jnp.float32), rows)
+    frozen = {"vlm": load_backbone(VLM, root), "dc_ae": load_backbone(DC_AE, root)}
+
+    def loss(params: Mapping, frozen: Mapping, batch: Mapping, key: jax.Array):
+        clean = painter.model.encode(frozen, batch["pixels"])
+        numbers = jnp.arange(len(clean), dtype=jnp.uint32)
+        noise = draw_flow_noise(key, numbers, clean.shape[1:])
+        sigma = draw_sigma(key, numbers, law=TimeLaw.LOGIT_NORMAL, shift=SHIFT)
+        condition = painter.condition(params, frozen, batch)
+        noisy = noised(clean, noise, sigma)
+        velocity = painter.model.paint(params, noisy, TIMESTEPS * sigma, condition)
+        return jnp.mean(flow_matching(velocity, target_velocity(clean, noise))), {}
+
+    def batch(step: int) -> dict[str, np.ndarray]:
+        rng = batch_rng(seed, step)
+        size = draw_size(rng)
+        scenes = [draw_scene(rng, "train") for _ in range(ROWS)]
+        texts = [caption(scene, rng, "train") for scene in scenes]
+        for row in np.flatnonzero(rng.random(ROWS) < UNCONDITIONAL_SHARE):
+            texts[row] = UNCONDITIONAL_PROMPT
+        pixels = np.stack([render(scene, *size) for scene in scenes])
+        return {"pixels": pixels, **painter.prompts(texts)}
+
+    return Recipe(
+        name="sana",
+        seed=seed,
+        rows=ROWS,
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup=min(300, steps // 10), steps=steps),
+        ema=0.999,
+        init=painter.init,
+        frozen=frozen,
+        batch=batch,
+        loss=loss,
+        evaluate=functools.partial(_evaluate, painter, frozen),
+    )
+
+
+def _evaluate(painter: _Painter, frozen: Mapping, params: Mapping) -> dict[str, float]:
+    """Share of held-out prompts that are drawn right, by category."""
+    scores = {}
+    for number, category in enumerate(CATEGORIES):
+        rng = np.random.default_rng([0, number])
+        prompts = [draw_prompt(rng, "held_out", category)[0] for _ in range(HELD_OUT)]
+        texts = [UNCONDITIONAL_PROMPT] * HELD_OUT + [prompt.text for prompt in prompts]
+        drawn = painter.paint(params, frozen, painter.prompts(texts), jax.random.key(number))
+        graded = zip(np.asarray(drawn), prompts, strict=True)
+        scores[category] = float(np.mean([score_prompt(p, q).correct for p, q in graded]))
+    return {**scores, "mean": float(np.mean(list(scores.values())))}
+
+
+def save(params: Mapping, root: pathlib.Path) -> None:
+    """Writes the DiT's weights beside its config in ROOT/sana/transformer."""
+    config = json.loads((root / DIT.folder / "config.json").read_text())
+    save_backbone(DIT, root, config, params["dit"])

@@ -1,0 +1,166 @@
+"""The tiny VLM: learns from conversations about scenes, with pictures and without."""
+
+import functools
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from wemmu_jax.conversion.backbones import VLM
+from wemmu_jax.miniworld.backbones import BRIDGE, save_backbone
+from wemmu_jax.miniworld.conversations import Conversation, draw_conversation
+from wemmu_jax.miniworld.pretraining.loop import Recipe
+from wemmu_jax.miniworld.pretraining.pictures import SIZES, batch_rng, draw_size
+from wemmu_jax.miniworld.questions import KINDS, draw_question
+from wemmu_jax.miniworld.renderer import render
+from wemmu_jax.models.qwen2_5_vl.prompt import ROLES, user_turn
+from wemmu_jax.models.qwen2_5_vl.text import Pattern
+from wemmu_jax.models.wemmu.config import BridgeConfig, WeMMUConfig
+from wemmu_jax.models.wemmu.inputs import RowEncoder
+from wemmu_jax.models.wemmu.modeling import WeMMUModel
+from wemmu_jax.training.optimizer import OptimizerConfig
+
+ROWS, STEPS, TURNS = 32, 5000, 5
+TEXT_LENGTH = 144
+# Share of batches with none, one and two pictures.
+_ARITIES = (0.1, 0.75, 0.15)
+# Of tokens as targets. The words of users teach the language; the answers are what counts.
+WEIGHTS = {"system": 0.0, "user": 0.1, "assistant": 1.0}
+HELD_OUT = 64
+
+
+class Conversations:
+    """Conversations as arrays for the VLM."""
+
+    def __init__(self, root: pathlib.Path):
+        """`root` holds the configs and the tokenizer."""
+        self.config = WeMMUConfig.from_folder(root, BridgeConfig(**BRIDGE))
+        grids = [self.config.source_grid(*size) for size in SIZES]
+        self._rows = RowEncoder.load(root, self.config).sized(grids, multiple=4)
+        self._headers = {role: self._rows.prompts.words(f"{role}\n") for role in ROLES}
+
+    def encode(
+        self, conversations: Sequence[Conversation], size: tuple[int, int]
+    ) -> dict[str, object]:
+        """Rows with equally many pictures, all of `size`: `tokens`, `feature_index`, `position_ids`, `valid`,
+        `weights` float32[B, L] of each token as a target, `images` or None."""
+        rows = [self._row(one, size) for one in conversations]
+        arrays = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        arrays["position_ids"] = np.moveaxis(arrays["position_ids"], 1, 0)
+        pictures = [render(s, *size) for one in conversations for s in one.scenes]
+        return {**arrays, "images": self._rows.pack(pictures) if pictures else None}
+
+    def _row(self, one: Conversation, size: tuple[int, int]) -> dict[str, np.ndarray]:
+        prompts, tokens = self._rows.prompts, self._rows.shapes.tokens
+        pictures = len(one.scenes)
+        grids = [self.config.source_grid(*size)] * pictures
+        length = TEXT_LENGTH + pictures * tokens
+        messages = []
+        for number, (question, answer) in enumerate(one.turns):
+            turn = user_turn(question, images=pictures if number == 0 else 0)
+            messages += [turn, {"role": "assistant", "content": answer}]
+        prompt = prompts.encode(
+            messages, grids, vae_tokens=False, source_tokens=tokens, open_image=False
+        )
+        if len(prompt.tokens) > length:
+            return self._row(Conversation(one.turns[:-1], one.scenes), size)
+        padded = prompts.pad(prompt, length)
+        return {
+            "tokens": padded.tokens,
+            "feature_index": padded.feature_index,
+            "position_ids": padded.position_ids,
+            "valid": padded.valid,
+            "weights": self._weights(padded),
+        }
+
+    def _weights(self, padded) -> np.ndarray:
+        """Of each token, by whose turn it belongs to; the end of a turn belongs to it, its header does not."""
+        tokens, prompts = list(padded.tokens), self._rows.prompts
+        weights = np.zeros(len(tokens), np.float32)
+        starts = np.flatnonzero(padded.tokens == prompts.turn_start_id) + 1
+        for start in starts[:-1]:  # the last one opens an answer that is not there
+            role = next(r for r, ids in self._headers.items() if tokens[start:][: len(ids)] == ids)
+            body = start + len(self._headers[role])
+            weights[body : tokens.index(prompts.turn_end_id, body) + 1] = WEIGHTS[role]
+        weights[padded.feature_index >= 0] = 0.0
+        return weights
+
+
+def _token_losses(model: WeMMUModel, params: Mapping, batch: Mapping) -> tuple[jax.Array, ...]:
+    """Cross-entropy, whether the likeliest token is right, and the weight, of tokens 1 to L, [B, L - 1] each."""
+    x = model.embed_prompt(params, batch["tokens"], batch["feature_index"], batch["images"])
+    hidden, _ = model.text.apply(
+        {"params": params["text"]},
+        x,
+        batch["position_ids"],
+        valid=batch["valid"],
+        pattern=Pattern.CAUSAL,
+        return_key_values=False,
+    )
+    logits = model.text.apply({"params": params["text"]}, hidden[:, :-1], method="logits")
+    targets = batch["tokens"][:, 1:]
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    return losses, jnp.argmax(logits, axis=-1) == targets, batch["weights"][:, 1:]
+
+
+def recipe(root: pathlib.Path, *, seed: int, steps: int) -> Recipe:
+    """Next-token prediction on the answers, and a little on the users' words."""
+    data = Conversations(root)
+    model = WeMMUModel(data.config, dtype=jnp.float32)
+
+    def loss(params: Mapping, _, batch: Mapping, key: jax.Array):
+        losses, right, weights = _token_losses(model, params, batch)
+        answers = weights == 1.0
+        total = jnp.sum(losses * weights) / jnp.sum(weights)
+        return total, {"answer_accuracy": jnp.sum(right & answers) / jnp.sum(answers)}
+
+    def batch(step: int) -> dict[str, object]:
+        rng = batch_rng(seed, step)
+        pictures = int(rng.choice(3, p=_ARITIES))
+        size = draw_size(rng) if pictures == 1 else SIZES[0]
+        drawn = [
+            draw_conversation(rng, "train", pictures=pictures, turns=TURNS) for _ in range(ROWS)
+        ]
+        return data.encode(drawn, size)
+
+    return Recipe(
+        name="vlm",
+        seed=seed,
+        rows=ROWS,
+        optimizer=OptimizerConfig(
+            learning_rate=1e-3, warmup=min(300, steps // 10), steps=steps, weight_decay=0.01
+        ),
+        ema=0.999,
+        init=lambda key: model.init_backbones(key)["vlm"],
+        frozen={},
+        batch=batch,
+        loss=loss,
+        evaluate=functools.partial(_evaluate, data, jax.jit(functools.partial(_right, model))),
+    )
+
+
+def _right(model: WeMMUModel, params: Mapping, batch: Mapping) -> jax.Array:
+    """bool[B]: greedy decoding would give the whole answer, since it is right wherever all before it is right."""
+    _, right, weights = _token_losses(model, params, batch)
+    return jnp.all(right | (weights < 1.0), axis=1)
+
+
+def _evaluate(data: Conversations, right, params: Mapping) -> dict[str, float]:
+    """Share of held-out questions, in held-out wordings, that are answered right, by kind."""
+    scores = {}
+    for number, kind in enumerate(KINDS):
+        rng = np.random.default_rng([0, number])
+        drawn = [draw_question(rng, "held_out", kind) for _ in range(HELD_OUT)]
+        asked = [Conversation(((q.text, q.answer),), (q.scene,)) for q in drawn]
+        scores[kind] = float(np.mean(right(params, data.encode(asked, SIZES[0]))))
+    return {**scores, "mean": float(np.mean(list(scores.values())))}
+
+
+def save(params: Mapping, root: pathlib.Path) -> None:
+    """Writes the weights beside the config and the tokenizer in ROOT/vlm."""
+    config = json.loads((root / "vlm/config.json").read_text())
+    save_backbone(VLM, root, config, params)
