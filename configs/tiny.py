@@ -8,7 +8,7 @@ Tasks, mixtures, losses and what learns are the paper's, by way of `wemmu_3b`; o
 import ml_collections
 
 from configs.wemmu_3b import get_config as paper_config
-from wemmu_jax.miniworld.backbones import BRIDGE
+from wemmu_jax.tiny.backbones import BRIDGE
 
 STEPS = 50
 

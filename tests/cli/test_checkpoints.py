@@ -14,7 +14,7 @@ import pytest
 from configs.tiny import STEPS
 from wemmu_jax import WeMMU
 from wemmu_jax.cli.main import main
-from wemmu_jax.conversion.bridge import load_bridge
+from wemmu_jax.conversion.bridge import load_bridge, save_bridge
 from wemmu_jax.conversion.memory import flatten
 from wemmu_jax.conversion.weights import Weights
 from wemmu_jax.models.wemmu.config import BridgeConfig, Connector, QueryKind, WeMMUConfig
@@ -52,32 +52,57 @@ def test_export_of_converted_weights(wemmu, converted, tmp_path, backbones):
     assert (tmp_path / "out" / file).read_bytes() == (backbones / file).read_bytes()
 
 
+def _parts(folder):
+    return ["--vlm", folder / "vlm", "--sana", folder / "sana"]
+
+
 def test_export_of_a_trained_model_comes_back(wemmu, converted, workdir, tmp_path):
-    """Exported, converted again and joined with its bridge, the model is the one that was trained."""
-    out = tmp_path / "out"
+    """Exported and converted again, the model is the one that was trained, without its workdirs."""
+    out, again = tmp_path / "out", tmp_path / "again"
     result = wemmu("export", "--checkpoint", workdir, "--out", out)
     assert result.code == 0, result.err
-    words = ["--vlm", out / "vlm", "--sana", out / "sana", "--out", tmp_path / "again"]
+    words = [*_parts(out), "--bridge", out / "bridge.safetensors", "--out", again]
     assert wemmu("convert", *words).code == 0
 
-    origin = Origin(workdir)
-    trained = {path: np.asarray(leaf) for path, leaf in origin.trained().items()}
-    bridge = load_bridge(out / "bridge.safetensors")
+    origin, found = Origin(workdir), Origin(again)
+    bridge = load_bridge(again / "bridge.safetensors")
     assert bridge.fingerprint == Weights.open(converted).fingerprint
     assert bridge.config == BridgeConfig.from_dict(origin.bridge)
-    again = Weights.open(tmp_path / "again")
-    found = {path: again.map(path) for path in again.specs if path in trained}
-    assert {path.split("/")[0] for path in found} == {"dit"}
-    found |= flatten(bridge.params)
-    assert found.keys() == trained.keys()
-    for path, leaf in trained.items():
-        assert np.array_equal(found[path], leaf), path
-
-    model = WeMMU.load(workdir, dtype=jnp.float32).model
-    params = {name: again.load(name) for name in ("vlm", "dit", "dc_ae")} | bridge.params
-    joined = WeMMU.from_params(model, params, tmp_path / "again")
+    assert found.bridge == origin.bridge
+    assert {path.split("/")[0] for path in origin.trained().keys() - found.trained().keys()} == {
+        "dit"
+    }
     whole = flatten(WeMMU.load(workdir, dtype=jnp.float32).params)
-    assert jax.tree.all(jax.tree.map(np.array_equal, flatten(joined.params), whole))
+    joined = flatten(WeMMU.load(again, dtype=jnp.float32).params)
+    assert whole.keys() == joined.keys()
+    for path, leaf in whole.items():
+        assert np.array_equal(leaf, joined[path]), path
+
+    # The bridge belongs to the weights: a run that starts here notices another one.
+    before = found.fingerprint
+    assert before != Weights.open(again).fingerprint
+    leaves = {path: leaf + 1 for path, leaf in flatten(bridge.params).items()}
+    save_bridge(again / "bridge.safetensors", leaves, bridge.config, bridge.fingerprint)
+    assert Origin(again).fingerprint != before
+
+
+def test_a_bridge_of_other_backbones_is_refused(refused, wemmu, workdir, tmp_path):
+    out = tmp_path / "out"
+    assert wemmu("export", "--checkpoint", workdir, "--out", out).code == 0
+    bridge = load_bridge(out / "bridge.safetensors")
+    leaves = flatten(bridge.params)
+    leaves["expert/norm/scale"] = leaves["expert/norm/scale"][:-1]
+    leaves["queries/scale"] = leaves["expert/norm/scale"]
+    save_bridge(out / "other.safetensors", leaves, bridge.config, bridge.fingerprint)
+    words = [*_parts(out), "--out", tmp_path / "again"]
+    error = refused("convert", *words, "--bridge", out / "other.safetensors")
+    assert "expert/norm/scale: the backbones imply (128,), found (127,)" in error
+    assert "queries/scale: the backbones imply None, found (127,)" in error
+    error = refused("convert", *words, "--bridge", out / "none.safetensors")
+    assert "none.safetensors" in error
+    file = out / "sana/vae/diffusion_pytorch_model.safetensors"
+    assert "expected format 'wemmu-bridge-1'" in refused("convert", *words, "--bridge", file)
+    assert not (tmp_path / "again").exists()
 
 
 def test_the_key_table_names_every_leaf(converted):
@@ -177,7 +202,7 @@ def test_backbones_of_another_run(refused, copy_of, workdir, tmp_path):
     half = copy_of(workdir)
     run = json.loads((half / "run.json").read_text())
     (half / "run.json").write_text(json.dumps({**run, "fingerprint": "0" * 64}))
-    assert "was trained on backbones 000000000000" in refused(*draw(half, tmp_path / "out"))
+    assert "was trained on weights 000000000000" in refused(*draw(half, tmp_path / "out"))
 
 
 # -- train

@@ -10,7 +10,8 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from tests.conversion.conftest import BF16, edit_json, read_tensors, same_bits
 from wemmu_jax.conversion import export
 from wemmu_jax.conversion.convert import convert
-from wemmu_jax.conversion.export import export_backbones, load_tensors, save_tensors
+from wemmu_jax.conversion.export import export_backbones
+from wemmu_jax.conversion.safetensors_io import load_tensors, save_tensors
 from wemmu_jax.conversion.weights import Weights
 
 PREFIXES = ("vlm", "dit", "dc_ae")

@@ -15,6 +15,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder or hub id of a Sana in diffusers' layout, with its DC-AE in vae/",
     )
     parser.add_argument(
+        "--bridge",
+        metavar="FILE",
+        help="bridge.safetensors of `wemmu export`: the whole model again",
+    )
+    parser.add_argument(
         "--out", required=True, metavar="DIR", help="a new folder; it appears whole or not at all"
     )
 
@@ -23,7 +28,7 @@ def run(args: argparse.Namespace) -> None:
     """Converts, and says what was done."""
     from wemmu_jax.conversion.convert import convert
 
-    report = convert(args.vlm, args.sana, args.out)
+    report = convert(args.vlm, args.sana, args.out, args.bridge)
     print(
         f"{args.out}: {report.tensors} tensors, {report.bytes / 1e9:.3f} GB, {report.seconds:.1f} s"
     )

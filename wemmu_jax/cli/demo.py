@@ -48,8 +48,8 @@ def _backbones(out: pathlib.Path, say: Callable[[str], None]) -> pathlib.Path:
     from wemmu_jax.conversion.convert import convert
     from wemmu_jax.data.prompts import RECONSTRUCTION_PROMPT
     from wemmu_jax.demo.photographs import write_photographs
-    from wemmu_jax.miniworld.backbones import write_backbones
     from wemmu_jax.miniworld.sources import KINDS, MiniworldSource
+    from wemmu_jax.tiny.backbones import write_backbones
 
     converted = out / "converted"
     if converted.exists():

@@ -26,6 +26,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Trains, then writes the backbone as a Hugging Face folder."""
-    from wemmu_jax.miniworld.pretraining.commands import pretrain_backbone
+    from wemmu_jax.tiny.commands import pretrain_backbone
 
     pretrain_backbone(args.backbone, args.out, args.workdir, seed=args.seed, steps=args.steps)

@@ -11,16 +11,21 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import jax
 import ml_dtypes
 import numpy as np
 
 from wemmu_jax.conversion.backbones import DC_AE, DIT, VLM, Backbone, Rows
+from wemmu_jax.conversion.bridge import BRIDGE_FILE, bridge_misfits, read_bridge_config
 from wemmu_jax.conversion.hf_folder import HFFolder, other_files, read_folder
 from wemmu_jax.conversion.hub import SANA_FILES, VLM_FILES, local_folder
+from wemmu_jax.conversion.memory import nest
 from wemmu_jax.conversion.safetensors_io import Spec, Stored
 from wemmu_jax.conversion.staging import check_free, copy_files, staged
 from wemmu_jax.conversion.table import Entry, Layout
 from wemmu_jax.conversion.weights import write_weights
+from wemmu_jax.models.wemmu.config import WeMMUConfig
+from wemmu_jax.models.wemmu.modeling import WeMMUModel
 
 _DTYPES = {np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)}
 
@@ -56,17 +61,18 @@ class Leaf:
             yield self.layout.to_ours(source.read())
 
 
-def convert(vlm: str, sana: str, out: str) -> Report:
-    """Converts the frozen backbones.
+def convert(vlm: str, sana: str, out: str, bridge: str | None = None) -> Report:
+    """Converts the backbones, and puts a trained bridge beside them.
 
     Args:
       vlm: folder or hub id of a Qwen2.5-VL.
       sana: folder or hub id of a Sana in diffusers' layout, with its DC-AE in `vae/`.
       out: the folder to write; it appears only when it is complete.
+      bridge: the `bridge.safetensors` of `wemmu export`; with it, `out` is a whole trained model.
 
     Raises:
       FileExistsError: `out` is there already.
-      FileNotFoundError: `vlm` or `sana` is neither a folder nor a model that can be downloaded.
+      FileNotFoundError: `bridge` is not there; `vlm` or `sana` is neither a folder nor a model that can be downloaded.
       ValueError: the models cannot be converted; names every fault, and nothing was written.
       OSError: the disk has not enough room.
     """
@@ -76,12 +82,17 @@ def convert(vlm: str, sana: str, out: str) -> Report:
     sana_folder = local_folder(sana, SANA_FILES)
     sources = {VLM: vlm_folder, DIT: sana_folder / "transformer", DC_AE: sana_folder / "vae"}
     leaves, ignored = plan(sources)
+    if bridge is not None:
+        _check_bridge(Path(bridge), vlm_folder, sana_folder, leaves)
     _check_room(Path(out), sum(leaf.spec.nbytes for leaf in leaves.values()))
     with staged(Path(out)) as partial:
         for backbone, folder in sources.items():
             copy_files(folder, other_files(folder), partial / backbone.folder)
         for part in (".", "scheduler"):  # what belongs to the Sana pipeline as a whole
             copy_files(sana_folder / part, other_files(sana_folder / part), partial / "sana" / part)
+        if bridge is not None:
+            copy_files(Path(bridge).parent, [Path(bridge).name], partial)
+            (partial / Path(bridge).name).rename(partial / BRIDGE_FILE)
         specs = {path: leaf.spec for path, leaf in leaves.items()}
         write_weights(partial, specs, lambda path: leaves[path].parts())
     read = [source for leaf in leaves.values() for source in leaf.sources]
@@ -115,6 +126,18 @@ def plan(sources: Mapping[Backbone, Path]) -> tuple[dict[str, Leaf], list[str]]:
     if faults:
         raise ValueError("these models cannot be converted:\n  " + "\n  ".join(faults))
     return leaves, ignored
+
+
+def _check_bridge(bridge: Path, vlm: Path, sana: Path, leaves: Mapping[str, Leaf]) -> None:
+    """Raises ValueError naming every leaf of the bridge that does not stand on these backbones."""
+    config = WeMMUConfig.from_parts(vlm, sana, read_bridge_config(bridge))
+    text = {
+        path.removeprefix("vlm/text/"): jax.ShapeDtypeStruct(leaf.spec.shape, leaf.spec.dtype)
+        for path, leaf in leaves.items()
+        if path.startswith("vlm/text/")
+    }
+    if faults := bridge_misfits(bridge, WeMMUModel(config), nest(text)):
+        raise ValueError("this bridge does not fit these backbones:\n  " + "\n  ".join(faults))
 
 
 def _misfits(folder: HFFolder, rows: Rows) -> list[str]:

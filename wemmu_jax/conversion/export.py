@@ -1,9 +1,8 @@
-"""Our checkpoint -> Hugging Face folders that transformers and diffusers load; and what WeMMU adds, as one file."""
+"""Our checkpoint -> Hugging Face folders that transformers and diffusers load."""
 
 import dataclasses
 import functools
 import json
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 from wemmu_jax.conversion.backbones import DC_AE, DIT, VLM, Backbone
 from wemmu_jax.conversion.convert import Report
 from wemmu_jax.conversion.hf_folder import other_files
-from wemmu_jax.conversion.safetensors_io import Spec, pack, read_header, write_file
+from wemmu_jax.conversion.safetensors_io import Spec, pack, write_file
 from wemmu_jax.conversion.staging import copy_files, staged, write_text
 from wemmu_jax.conversion.table import Entry
 from wemmu_jax.conversion.weights import Weights
@@ -130,35 +129,3 @@ def _write_model(
     size = sum(spec.nbytes for spec in specs.values())
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
     write_text(folder / f"{stem}.safetensors.index.json", json.dumps(index, indent=1) + "\n")
-
-
-def save_tensors(path: str | Path, flat: Mapping[str, Array], metadata: Mapping[str, str]) -> None:
-    """Writes arrays as one safetensors file under our own leaf paths, e.g. 'expert/layers/...'.
-
-    The file appears only when it is complete; one that was there before is replaced.
-
-    Args:
-      path: the file.
-      flat: leaf path -> array; each is fetched from its device when its turn comes.
-      metadata: strings for the header.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    specs = {name: Spec(np.dtype(array.dtype), tuple(array.shape)) for name, array in flat.items()}
-    try:
-        write_file(partial, specs, lambda name: [np.asarray(flat[name])], metadata=metadata)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def load_tensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The arrays and the metadata of a file that `save_tensors` wrote.
-
-    Raises:
-      FileNotFoundError: it is not there.
-      ValueError: it is not a sound safetensors file.
-    """
-    header = read_header(Path(path))
-    return {name: stored.read() for name, stored in header.tensors.items()}, header.metadata

@@ -14,6 +14,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -245,3 +246,35 @@ def sha256_of(file: Path) -> str:
     """The file's sha256 in hexadecimal."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def save_tensors(path: str | Path, flat: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
+    """Writes arrays as one safetensors file under our own leaf paths, e.g. 'expert/layers/...'.
+
+    The file appears only when it is complete; one that was there before is replaced.
+
+    Args:
+      path: the file.
+      flat: leaf path -> numpy or jax array; each is fetched from its device when its turn comes.
+      metadata: strings for the header.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    specs = {name: Spec(np.dtype(array.dtype), tuple(array.shape)) for name, array in flat.items()}
+    try:
+        write_file(partial, specs, lambda name: [np.asarray(flat[name])], metadata=metadata)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_tensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The arrays and the metadata of a file that `save_tensors` wrote.
+
+    Raises:
+      FileNotFoundError: it is not there.
+      ValueError: it is not a sound safetensors file.
+    """
+    header = read_header(Path(path))
+    return {name: stored.read() for name, stored in header.tensors.items()}, header.metadata

@@ -141,7 +141,7 @@ class Weights:
             raise ValueError(f"{self.folder}: no weights below {prefix!r}; there are {known}")
         return nest(
             {
-                path.removeprefix(f"{prefix}/"): _load_leaf(path, leaf, dtype, sharding)
+                path.removeprefix(f"{prefix}/"): load_stored(path, leaf, dtype, sharding)
                 for path, leaf in below.items()
             }
         )
@@ -150,7 +150,7 @@ class Weights:
         self, path: str, *, dtype: jnp.dtype | None = None, sharding: ShardingRule | None = None
     ) -> jax.Array:
         """One leaf by its whole path; the arguments as in `load`."""
-        return _load_leaf(path, self._leaves[path], dtype, sharding)
+        return load_stored(path, self._leaves[path], dtype, sharding)
 
     def verify(self) -> None:
         """Reads every file and compares its sha256.
@@ -167,9 +167,10 @@ class Weights:
             raise ValueError("damaged weights:\n  " + "\n  ".join(damaged))
 
 
-def _load_leaf(
+def load_stored(
     path: str, leaf: Stored, dtype: jnp.dtype | None, sharding: ShardingRule | None
 ) -> jax.Array:
+    """A tensor of a file on the devices; the arguments as in `Weights.load`."""
     is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
     wanted = np.dtype(dtype) if dtype is not None and is_float else leaf.dtype
     placement = sharding and sharding(path, jax.ShapeDtypeStruct(leaf.shape, wanted))

@@ -8,6 +8,7 @@ which `run.json` names together with its fingerprint.
 import contextlib
 import fcntl
 import functools
+import hashlib
 import json
 import os
 import pathlib
@@ -18,7 +19,9 @@ import jax.numpy as jnp
 import ml_collections
 from orbax.checkpoint import v1 as ocp
 
+from wemmu_jax.conversion.bridge import BRIDGE_FILE, load_bridge_leaves, read_bridge_config
 from wemmu_jax.conversion.memory import flatten, nest
+from wemmu_jax.conversion.safetensors_io import sha256_of
 from wemmu_jax.conversion.weights import Weights
 from wemmu_jax.training.state import TrainState
 
@@ -220,10 +223,10 @@ class Origin:
                 which = "finished checkpoint" if step is None else f"checkpoint {step} any more"
                 raise FileNotFoundError(f"no weights: {folder} has no {which}")
             self.parent = Origin(self.run["init"], step=self.run.get("init_step"))
-            found = self.backbones.fingerprint
+            found = self.fingerprint
             if found != self.run["fingerprint"]:
                 raise ValueError(
-                    f"{self.folder} was trained on backbones {self.run['fingerprint'][:12]}, but "
+                    f"{self.folder} was trained on weights {self.run['fingerprint'][:12]}, but "
                     f"{self.backbones_folder} holds {found[:12]}"
                 )
         elif not (self.folder / "wemmu.json").exists():
@@ -243,22 +246,42 @@ class Origin:
         return Weights.open(self.backbones_folder)
 
     @property
+    def fingerprint(self) -> str:
+        """The same for the same weights at the root: the backbones', and a bridge's that was converted with them."""
+        if self.parent is not None:
+            return self.parent.fingerprint
+        found = self.backbones.fingerprint
+        if not self._converted_bridge.exists():
+            return found
+        return hashlib.sha256((found + sha256_of(self._converted_bridge)).encode()).hexdigest()
+
+    @property
     def bridge(self) -> dict | None:
         """The bridge config that was trained, None before any training."""
-        return None if self.run is None else self.run["bridge"]
+        if self.run is not None:
+            return self.run["bridge"]
+        if not self._converted_bridge.exists():
+            return None
+        return read_bridge_config(self._converted_bridge).to_dict()
+
+    @property
+    def _converted_bridge(self) -> pathlib.Path:
+        return self.folder / BRIDGE_FILE
 
     def described(self) -> dict:
         """What a run that starts here writes down about it."""
         return {
             "init": str(self.folder.absolute()),
             "init_step": self.step,
-            "fingerprint": self.backbones.fingerprint,
+            "fingerprint": self.fingerprint,
         }
 
     def trained(self, sharding: Sharding = None) -> dict[str, jax.Array]:
-        """Path -> leaf of everything that training changed so far; a later stage goes over an earlier one."""
+        """Path -> leaf of everything that training changed so far; a later stage goes over an earlier one. Where the
+        root was converted with a bridge, that is where it begins."""
         if self.parent is None:
-            return {}
+            file = self._converted_bridge
+            return load_bridge_leaves(file, sharding) if file.exists() else {}
         own = Checkpoints(self.folder).params(self.step, sharding)
         return {**self.parent.trained(sharding), **flatten(own)}
 

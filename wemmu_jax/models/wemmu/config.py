@@ -114,12 +114,21 @@ class WeMMUConfig:
           ValueError: the backbones do not fit each other.
         """
         folder = pathlib.Path(folder)
+        return cls.from_parts(folder / "vlm", folder / "sana", bridge)
+
+    @classmethod
+    def from_parts(
+        cls, vlm: pathlib.Path, sana: pathlib.Path, bridge: BridgeConfig
+    ) -> "WeMMUConfig":
+        """The same from the folder of a Qwen2.5-VL and that of a Sana pipeline."""
+
+        def read(file: pathlib.Path) -> dict[str, Any]:
+            return json.loads(file.read_text())
+
         return cls(
-            vlm=Qwen25VLConfig.from_hf(json.loads((folder / "vlm/config.json").read_text())),
-            dit=SanaConfig.from_hf(
-                json.loads((folder / "sana/transformer/config.json").read_text())
-            ),
-            dc_ae=DCAEConfig.from_hf(json.loads((folder / "sana/vae/config.json").read_text())),
+            vlm=Qwen25VLConfig.from_hf(read(vlm / "config.json")),
+            dit=SanaConfig.from_hf(read(sana / "transformer/config.json")),
+            dc_ae=DCAEConfig.from_hf(read(sana / "vae/config.json")),
             bridge=bridge,
         )
 

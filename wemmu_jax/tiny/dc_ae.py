@@ -11,13 +11,13 @@ import numpy as np
 
 from wemmu_jax.conversion.backbones import DC_AE
 from wemmu_jax.demo.photographs import random_crops
-from wemmu_jax.miniworld.backbones import DC_AE_CONFIG, save_backbone
-from wemmu_jax.miniworld.pretraining.loop import Recipe
-from wemmu_jax.miniworld.pretraining.pictures import batch_rng, draw_size
 from wemmu_jax.miniworld.renderer import render
 from wemmu_jax.miniworld.scene import Split, draw_scene
 from wemmu_jax.miniworld.scorer import score_reconstruction
 from wemmu_jax.models.dc_ae import DCAE, DCAEConfig
+from wemmu_jax.tiny.backbones import DC_AE_CONFIG, save_backbone
+from wemmu_jax.tiny.loop import Recipe
+from wemmu_jax.tiny.pictures import batch_rng, draw_size
 from wemmu_jax.training.optimizer import OptimizerConfig
 
 ROWS, PHOTOGRAPHS, STEPS = 32, 4, 3500  # rows of a batch, how many of them real

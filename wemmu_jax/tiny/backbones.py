@@ -1,7 +1,4 @@
-"""The tiny preset's backbones as ordinary Hugging Face folders: small numbers, the same road as the 8B model.
-
-They are drawn from a seed and have learned nothing.
-"""
+"""The tiny preset's backbones as ordinary Hugging Face folders: configs, tokenizer, weights."""
 
 import json
 import pathlib

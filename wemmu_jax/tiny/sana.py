@@ -28,10 +28,7 @@ from wemmu_jax.diffusion.flow import (
 from wemmu_jax.diffusion.guidance import guided, request_guidance
 from wemmu_jax.diffusion.losses import flow_matching
 from wemmu_jax.diffusion.solvers import Solver, solve
-from wemmu_jax.miniworld.backbones import BRIDGE, DIT_CONFIG, load_backbone, save_backbone
 from wemmu_jax.miniworld.language import caption
-from wemmu_jax.miniworld.pretraining.loop import Recipe
-from wemmu_jax.miniworld.pretraining.pictures import SIZES, batch_rng, draw_size
 from wemmu_jax.miniworld.prompts import CATEGORIES, draw_prompt
 from wemmu_jax.miniworld.renderer import render
 from wemmu_jax.miniworld.scene import draw_scene
@@ -40,6 +37,9 @@ from wemmu_jax.models.qwen2_5_vl.text import Pattern
 from wemmu_jax.models.wemmu.config import BridgeConfig, WeMMUConfig
 from wemmu_jax.models.wemmu.inputs import RowEncoder
 from wemmu_jax.models.wemmu.modeling import Condition, WeMMUModel
+from wemmu_jax.tiny.backbones import BRIDGE, DIT_CONFIG, load_backbone, save_backbone
+from wemmu_jax.tiny.loop import Recipe
+from wemmu_jax.tiny.pictures import SIZES, batch_rng, draw_size
 from wemmu_jax.training.optimizer import OptimizerConfig
 
 ROWS, STEPS = 64, 4000

@@ -11,10 +11,7 @@ import numpy as np
 import optax
 
 from wemmu_jax.conversion.backbones import VLM
-from wemmu_jax.miniworld.backbones import BRIDGE, save_backbone
 from wemmu_jax.miniworld.conversations import Conversation, draw_conversation
-from wemmu_jax.miniworld.pretraining.loop import Recipe
-from wemmu_jax.miniworld.pretraining.pictures import SIZES, batch_rng, draw_size
 from wemmu_jax.miniworld.questions import KINDS, draw_question
 from wemmu_jax.miniworld.renderer import render
 from wemmu_jax.models.qwen2_5_vl.prompt import ROLES, user_turn
@@ -22,6 +19,9 @@ from wemmu_jax.models.qwen2_5_vl.text import Pattern
 from wemmu_jax.models.wemmu.config import BridgeConfig, WeMMUConfig
 from wemmu_jax.models.wemmu.inputs import RowEncoder
 from wemmu_jax.models.wemmu.modeling import WeMMUModel
+from wemmu_jax.tiny.backbones import BRIDGE, save_backbone
+from wemmu_jax.tiny.loop import Recipe
+from wemmu_jax.tiny.pictures import SIZES, batch_rng, draw_size
 from wemmu_jax.training.optimizer import OptimizerConfig
 
 ROWS, STEPS, TURNS = 32, 5000, 5
@@ -41,7 +41,8 @@ class Conversations:
         self.config = WeMMUConfig.from_folder(root, BridgeConfig(**BRIDGE))
         grids = [self.config.source_grid(*size) for size in SIZES]
         self._rows = RowEncoder.load(root, self.config).sized(grids, multiple=4)
-        self._headers = {role: self._rows.prompts.words(f"{role}\n") for role in ROLES}
+        self.prompts = self._rows.prompts
+        self._headers = {role: self.prompts.words(f"{role}\n") for role in ROLES}
 
     def encode(
         self, conversations: Sequence[Conversation], size: tuple[int, int]
@@ -55,7 +56,7 @@ class Conversations:
         return {**arrays, "images": self._rows.pack(pictures) if pictures else None}
 
     def _row(self, one: Conversation, size: tuple[int, int]) -> dict[str, np.ndarray]:
-        prompts, tokens = self._rows.prompts, self._rows.shapes.tokens
+        prompts, tokens = self.prompts, self._rows.shapes.tokens
         pictures = len(one.scenes)
         grids = [self.config.source_grid(*size)] * pictures
         length = TEXT_LENGTH + pictures * tokens
@@ -79,7 +80,7 @@ class Conversations:
 
     def _weights(self, padded) -> np.ndarray:
         """Of each token, by whose turn it belongs to; the end of a turn belongs to it, its header does not."""
-        tokens, prompts = list(padded.tokens), self._rows.prompts
+        tokens, prompts = list(padded.tokens), self.prompts
         weights = np.zeros(len(tokens), np.float32)
         starts = np.flatnonzero(padded.tokens == prompts.turn_start_id) + 1
         for start in starts[:-1]:  # the last one opens an answer that is not there

@@ -3,10 +3,10 @@
 import json
 import pathlib
 
-from wemmu_jax.miniworld.backbones import write_configs
 from wemmu_jax.miniworld.conversations import corpus
-from wemmu_jax.miniworld.pretraining import dc_ae, sana, vlm
-from wemmu_jax.miniworld.pretraining.loop import pretrain
+from wemmu_jax.tiny import dc_ae, sana, vlm
+from wemmu_jax.tiny.backbones import write_configs
+from wemmu_jax.tiny.loop import pretrain
 
 _RECIPES = {"vlm": vlm, "dc-ae": dc_ae, "sana": sana}
 

@@ -1,0 +1,80 @@
+"""What the tiny VLM reads: conversations that are true, and targets that are the answers and nothing else."""
+
+import numpy as np
+import pytest
+
+from wemmu_jax.miniworld.conversations import Conversation, corpus, describe, draw_conversation
+from wemmu_jax.miniworld.scene import Object, Scene
+from wemmu_jax.tiny.backbones import write_configs
+from wemmu_jax.tiny.vlm import WEIGHTS, Conversations
+
+SCENE = Scene("navy", (Object("star", "orange", "centre"), Object("ring", "pink", "bottom left")))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("backbones")
+    write_configs(folder, corpus())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(root):
+    return Conversations(root)
+
+
+def test_a_description_tells_all_of_a_scene():
+    assert describe(SCENE) == (
+        "an orange star in the centre and a pink ring at the bottom left on a navy background"
+    )
+
+
+@pytest.mark.parametrize("pictures", [0, 1, 2])
+def test_conversations_are_of_their_split_and_have_their_pictures(pictures):
+    rng = np.random.default_rng(pictures)
+    seen = set()
+    for _ in range(60):
+        for split in ("train", "held_out"):
+            drawn = draw_conversation(rng, split, pictures=pictures, turns=3)
+            assert len(drawn.scenes) == pictures and 1 <= len(drawn.turns) <= 3
+            assert all(scene.split == split for scene in drawn.scenes)
+            seen.add(drawn.turns[0][0])
+    assert len(seen) > 70
+
+
+def test_without_a_picture_the_caption_comes_first():
+    drawn = draw_conversation(np.random.default_rng(3), "train", pictures=0, turns=2)
+    told, _, question = drawn.turns[0][0].rpartition(". ")
+    assert "background" in told and question
+
+
+@pytest.mark.parametrize("pictures", [0, 1, 2])
+def test_targets_are_the_answers_and_the_ends_of_their_turns(data, pictures):
+    scenes = (SCENE,) * pictures
+    turns = (("what colour is the star?", "orange"), ("how many rings are there?", "one"))
+    batch = data.encode([Conversation(turns, scenes)], (32, 64))
+    tokens, weights = batch["tokens"][0], batch["weights"][0]
+    prompts = data.prompts
+    answers = tokens[weights == WEIGHTS["assistant"]]
+    assert prompts.decode(answers) == "orangeone"
+    assert np.count_nonzero(answers == prompts.turn_end_id) == 2
+    users = tokens[weights == WEIGHTS["user"]]
+    assert prompts.decode(users) == "what colour is the star?how many rings are there?"
+    assert (
+        not weights[batch["feature_index"][0] >= 0].any() and not weights[~batch["valid"][0]].any()
+    )
+    assert (batch["images"] is None) == (pictures == 0)
+    assert np.count_nonzero(batch["feature_index"] >= 0) == pictures * 4 * 8
+
+
+def test_turns_that_do_not_fit_are_left_out(data):
+    turns = tuple(("describe the image", describe(SCENE)) for _ in range(9))
+    batch = data.encode([Conversation(turns, (SCENE,))], (48, 48))
+    ends = batch["tokens"][0][batch["weights"][0] == WEIGHTS["assistant"]]
+    assert 2 <= np.count_nonzero(ends == data.prompts.turn_end_id) < 9
+
+
+def test_every_answer_is_one_token(data):
+    """An answer that falls into pieces would make some kinds of questions harder than others."""
+    for word in ("red", "purple", "triangle", "heart", "yes", "no", "zero", "four", "beige"):
+        assert len(data.prompts.words(word)) == 1, word

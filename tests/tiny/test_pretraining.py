@@ -1,0 +1,116 @@
+"""The loop that trains tiny backbones, on a problem of four numbers, and one step of each real recipe."""
+
+import dataclasses
+import json
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from wemmu_jax.cli.main import main
+from wemmu_jax.conversion.backbones import DC_AE, DIT, VLM
+from wemmu_jax.conversion.convert import convert
+from wemmu_jax.conversion.memory import flatten
+from wemmu_jax.conversion.weights import Weights
+from wemmu_jax.tiny import loop
+from wemmu_jax.tiny.backbones import load_backbone, write_backbones
+from wemmu_jax.tiny.loop import Recipe, pretrain
+from wemmu_jax.training.optimizer import OptimizerConfig
+
+TRUTH = np.float32([1.0, -2.0, 3.0, 0.5])
+
+
+def line(*, steps=6, seed=0, on_batch=lambda step: None, broken_at=None):
+    def batch(step):
+        on_batch(step)
+        x = np.random.default_rng([seed, step]).standard_normal((8, 4), np.float32)
+        return {"x": x, "y": x @ TRUTH * (np.nan if step == broken_at else 1)}
+
+    def loss(params, frozen, batch, key):
+        noise = 0.01 * jax.random.normal(key, batch["y"].shape)
+        error = batch["x"] @ params["w"] - batch["y"] + frozen["bias"] + noise
+        return jnp.mean(error**2), {"largest": jnp.max(jnp.abs(error))}
+
+    return Recipe(
+        name="line",
+        seed=seed,
+        rows=8,
+        optimizer=OptimizerConfig(learning_rate=0.3, warmup=1, steps=steps),
+        ema=0.9,
+        init=lambda key: {"w": jax.random.normal(key, (4,))},
+        frozen={"bias": jnp.float32(0.25)},
+        batch=batch,
+        loss=loss,
+        evaluate=lambda params: {"error": float(jnp.abs(params["w"] - TRUTH).max())},
+    )
+
+
+def test_it_learns_and_the_same_seed_gives_the_same_weights(tmp_path):
+    first, scores = pretrain(line(steps=200), tmp_path / "a")
+    again, _ = pretrain(line(steps=200), tmp_path / "b")
+    other, _ = pretrain(line(steps=200, seed=1), tmp_path / "c")
+    assert scores["error"] < 0.3
+    np.testing.assert_array_equal(first["w"], again["w"])
+    assert (first["w"] != other["w"]).all()
+
+
+def test_stopped_and_resumed_is_the_same_as_never_stopped(tmp_path, monkeypatch):
+    whole, _ = pretrain(line(), tmp_path / "whole")
+    monkeypatch.setattr(loop, "AHEAD", 1)
+    monkeypatch.setattr(loop, "THREADS", 1)
+
+    def stop_at_4(step):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(InterruptedError, match="the same command goes on"):
+        pretrain(line(on_batch=stop_at_4), tmp_path / "parts")
+    resumed, _ = pretrain(line(), tmp_path / "parts")
+    np.testing.assert_array_equal(whole["w"], resumed["w"])
+
+
+def test_the_result_is_the_running_mean(tmp_path):
+    averaged, _ = pretrain(line(), tmp_path / "averaged")
+    plain, _ = pretrain(dataclasses.replace(line(), ema=0.0), tmp_path / "plain")
+    assert (averaged["w"] != plain["w"]).all()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "EVERY_LINE", 1)
+    with pytest.raises(FloatingPointError, match="line, step 3"):
+        pretrain(line(broken_at=3), tmp_path)
+
+
+def test_a_workdir_of_another_recipe_is_refused(tmp_path):
+    pretrain(line(), tmp_path)
+    with pytest.raises(ValueError, match=r"seed: 0 there, 1 here"):
+        pretrain(line(seed=1), tmp_path)
+
+
+def test_saved_backbones_are_read_back_bit_for_bit(tmp_path):
+    write_backbones(tmp_path, ["a red circle"] * 10, seed=3)
+    convert(str(tmp_path / "vlm"), str(tmp_path / "sana"), str(tmp_path / "converted"))
+    weights = Weights.open(tmp_path / "converted")
+    for backbone in (VLM, DIT, DC_AE):
+        for path, leaf in flatten(load_backbone(backbone, tmp_path)).items():
+            stored = weights.load_leaf(f"{backbone.prefix}/{path}", dtype=jnp.float32)
+            np.testing.assert_array_equal(leaf, np.asarray(stored))
+
+
+@pytest.mark.slow
+def test_each_backbone_takes_two_steps_and_is_written(tmp_path, monkeypatch, capsys):
+    for module in ("vlm", "dc_ae", "sana"):
+        monkeypatch.setattr(f"wemmu_jax.tiny.{module}.HELD_OUT", 2)
+    root = tmp_path / "backbones"
+    words = ["--out", str(root), "--steps", "2"]
+    assert main(["miniworld", "pretrain", "sana", *words, "--workdir", str(tmp_path / "no")]) == 2
+    assert "missing" in capsys.readouterr().err
+    for name in ("vlm", "dc-ae", "sana"):
+        workdir = ["--workdir", str(tmp_path / name)]
+        assert main(["miniworld", "pretrain", name, *words, *workdir]) == 0
+        printed = capsys.readouterr().out
+        assert json.loads(printed[printed.index("{") :])["backbone"] == name
+    convert(str(root / "vlm"), str(root / "sana"), str(tmp_path / "converted"))
