@@ -105,7 +105,7 @@ BAD = [
     ({"task": "generate", "instruction": "x", "output_image": "x.jpg"}, "written as PNG"),
     (
         {"task": "generate", "instruction": "x", "output_image": "h.png", "height": 50},
-        "the nearest that works is 48 x 64",
+        "the nearest that works is 48 x 48",
     ),
     (
         {"task": "generate", "instruction": "a " * 600, "output_image": "long.png"},

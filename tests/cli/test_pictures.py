@@ -43,13 +43,13 @@ def test_generate(wemmu, workdir, tmp_path):
     assert result.out.split() == [str(tmp_path / "a" / name) for name in names]
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == names  # nothing half written
     first = Image.open(tmp_path / "a" / names[0])
-    assert first.size == (64, 64)
+    assert first.size == (48, 48)
     assert first.text == {
         "task": "generate",
         "prompt": "a red circle ☃",
         "images": "[]",
-        "height": "64",
-        "width": "64",
+        "height": "48",
+        "width": "48",
         "seed": "5",
         "number": "0",
         "steps": "2",
@@ -81,7 +81,7 @@ def test_edit_of_a_very_wide_picture(wemmu, workdir, tmp_path):
     result = wemmu("edit", "make it blue", *words, "--out", tmp_path)
     assert result.code == 0, result.err
     drawn = Image.open(tmp_path / "000-make-it-blue-seed0.png")
-    assert drawn.size == (128, 32)
+    assert drawn.size == (96, 24)
     assert drawn.text["images"] == json.dumps([str(tmp_path / "wide.png")])
     assert (drawn.text["image_guidance"], drawn.text["edit_guidance"]) == ("2.0", "3.0")
 
@@ -149,7 +149,7 @@ def test_broken_pictures(refused, workdir, tmp_path, kind, command):
         (["a " * 600], "expected at most 512 text tokens, found 6"),
         (
             ["x", "--height", "50"],
-            "multiples of 8, found 50 x 64; the nearest that works is 48 x 64",
+            "multiples of 8, found 50 x 48; the nearest that works is 48 x 48",
         ),
         (["x", "--height", "500", "--width", "64"], "the nearest that works is 496 x 64"),
         (["x", "--height", "1024"], "the learned tables end at 24"),
@@ -187,11 +187,11 @@ def test_one_side_of_two_for_an_edit(refused, workdir, tmp_path, picture):
 
 
 def test_chat(wemmu, refused, workdir, tmp_path, picture, model):
-    words = ["--checkpoint", workdir, "--max-new-tokens", 4]
+    words = ["--checkpoint", workdir, "--max-new-tokens", 8]
     image, how = picture("a.png"), ["--temperature", 1, "--top-p", 0.9, "--seed", 1]
     answer = wemmu("chat", "what is this?", "--image", image, *how, *words)
     assert answer.code == 0, answer.err
-    how = {"max_new_tokens": 4, "temperature": 1.0, "top_p": 0.9, "seed": 1}
+    how = {"max_new_tokens": 8, "temperature": 1.0, "top_p": 0.9, "seed": 1}
     assert answer.out == model.chat("what is this?", images=[image], **how) + "\n"
     assert answer.out.strip()
     assert "--temperature" in refused("chat", "hi", "--top-p", 0.5, *words)

@@ -19,9 +19,9 @@ import pytest
 
 from wemmu_jax.conversion.convert import convert
 from wemmu_jax.conversion.memory import flatten
-from wemmu_jax.miniworld import backbones as tiny_backbones
 from wemmu_jax.miniworld.sources import KINDS, MiniworldSource
 from wemmu_jax.sharding.mesh import make_mesh
+from wemmu_jax.tiny import backbones as tiny_backbones
 from wemmu_jax.training import loop, run
 from wemmu_jax.training.checkpoints import Checkpoints
 from wemmu_jax.training.curriculum import load_config

@@ -126,7 +126,7 @@ def test_other_backbones_than_those_trained_on(stage1, config_of, tmp_path):
     run = json.loads((copy / "run.json").read_text())
     config = json.loads((copy / "config.json").read_text())
     (copy / "run.json").write_text(json.dumps({**run, "init": str(other)}))
-    with pytest.raises(ValueError, match=r"was trained on backbones .* holds"):
+    with pytest.raises(ValueError, match=r"was trained on weights .* holds"):
         Origin(copy)
     # The same to resume: the folder that the run started from holds other weights by now.
     (copy / "run.json").write_text(json.dumps({**run, "init": str(other)}))
