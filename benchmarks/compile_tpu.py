@@ -83,6 +83,8 @@ def programs(
 ) -> Iterator[Program]:
     """Those that an optimizer step of a stage runs, at its square bucket."""
     config = get_config(stage)
+    # A constant of the program; stages that differ in nothing else are compiled once.
+    config.seed = 0
     config.model.bridge.vae_stream = stream
     config.batch.rows = rows[config.data.resolution]
     sizes = published_wemmu(Stage.from_config(config).bridge)

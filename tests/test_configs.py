@@ -2,10 +2,13 @@
 
 import json
 
+import flax.linen as nn
 import pytest
 
 from configs.wemmu_3b import STAGES
-from wemmu_jax.training.curriculum import Loss, Stage, base_config, load_config
+from wemmu_jax.cli.main import main
+from wemmu_jax.ops.remat import remat
+from wemmu_jax.training.curriculum import Loss, Remat, Stage, base_config, load_config
 
 PAPER = {  # batch, steps, learning rate, warm-up, resolution (design, section 2)
     "stage1": (2336, 34_000, 1e-4, 1000, 512),
@@ -151,6 +154,10 @@ def test_a_typo_is_an_error_that_suggests(key, suggestion):
         ("optimizer.steps", 1.5),
         ("data.text_lengths", "128"),
         ("data.text_lengths", "(128)"),
+        ("data.text_lengths", '"abc"'),
+        ("data.sources", '{"name": "a"}'),
+        ("optimizer.clip", "9" * 400),
+        ("seed", "null"),
         ("name", 3),
     ],
 )
@@ -175,12 +182,143 @@ def test_a_wrong_type_is_an_error(key, value):
         ("optimizer.learning_rate", "-1e-4", "learning_rate"),
         ("optimizer.warmup", "100000", "warm-up of 100000 steps does not fit"),
         ("optimizer.ema", "1.0", "optimizer.ema"),
+        ("model.remat", "foo", r"model\.remat='foo'; expected one of \['none', 'full', 'dots'\]"),
     ],
 )
 def test_a_value_that_makes_no_sense_is_an_error(key, value, named):
     config = config_of("stage1", **{key: value})
     with pytest.raises(ValueError, match=named):
         Stage.from_config(config)
+
+
+NONSENSE = {
+    "seed": ["-1", "99999999999999999999", str(2**32)],
+    "data.threads": ["-1"],
+    "data.text_lengths": ['["a"]', "[128, 64]", "[64, 64]", "[0, 64]", "[64.5]", "[true]", "[]"],
+    "data.pad_multiple": ["0", "-4"],
+    "data.max_aspect": ["NaN", "Infinity", "0.5"],
+    "data.mixture.T2I": ["-1", "NaN", "Infinity", "1e-9"],
+    "data.mixture.M-Edit": ["-1"],
+    "data.sources": ["[1]", '["a"]', "[[]]"],
+    "data.held_out": ["[1]"],
+    "batch.rows": ["0"],
+    "batch.micro_batches": ["-1"],
+    "optimizer.learning_rate": ["0", "Infinity"],
+    "optimizer.weight_decay": ["-1e-5", "NaN", "Infinity"],
+    "optimizer.clip": ["-1.0", "NaN", "Infinity"],
+    "optimizer.ema": ["-0.1", "NaN"],
+    "loss.contrast": ["NaN", "-0.1", "1.0"],
+    "loss.shift": ["0", "NaN"],
+    "trainable": ["[1]", '["ab"]', '[[".*"]]', '[[".*", true, 1]]'],
+    "mesh.fsdp": ["0"],
+    "every.log": ["-1"],
+    "every.checkpoint": ["-1"],
+    "every.validate": ["-1"],
+    "every.sample": ["-1"],
+    "keep_checkpoints": ["0", "-1"],
+    "validation_rows": ["0", "-8"],
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [(key, value) for key, values in NONSENSE.items() for value in values]
+)
+def test_a_nonsense_value_is_named_with_what_is_expected(key, value):
+    """Under either loss: a value is looked at even where it is not used."""
+    for stage in ("stage1", "stage2"):
+        config = config_of(stage, **{key: value})
+        with pytest.raises(ValueError, match="; found ") as error:
+            Stage.from_config(config)
+        assert str(error.value).startswith(f"{key} must be ")
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("seed", str(2**32 - 1)),
+        ("data.threads", "0"),
+        ("data.text_lengths", "[1]"),
+        ("data.mixture.T2I", "0"),
+        ("data.mixture.T2I", "1e-6"),
+        ("optimizer.clip", "0"),
+        ("optimizer.weight_decay", "0"),
+        ("loss.contrast", "0"),
+        ("every.log", "0"),
+        ("keep_checkpoints", "1"),
+        ("model.bridge.distillation", "0"),
+    ],
+)
+def test_a_value_at_the_edge_is_taken(key, value):
+    Stage.from_config(config_of("stage1", **{key: value}))
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ('[["(", true]]', r"trainable: '\(' is no regex"),
+        ("[[1, true]]", "trainable: 1 is no regex"),
+        ('[[".*", "false"]]', r"trainable: '\.\*' must have true or false; found 'false'"),
+    ],
+)
+def test_a_bad_rule_of_what_learns(value, message):
+    config = config_of("stage1", trainable=value)
+    with pytest.raises(ValueError, match=message):
+        Stage.from_config(config)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *[
+            (key, value)
+            for key in ("fixed_grid", "max_grid", "position_mlp_hidden", "connector_heads")
+            for value in ("0", "-1")
+        ],
+        ("distillation", "-1.0"),
+        ("distillation", "NaN"),
+    ],
+)
+def test_a_bridge_that_makes_no_sense(key, value):
+    config = config_of("stage1", **{f"model.bridge.{key}": value})
+    with pytest.raises(ValueError, match=f"bridge config: {key} must be .*; found (nan|{value})"):
+        Stage.from_config(config)
+
+
+def test_the_remat_policies_are_those_of_ops():
+    for policy in Remat:
+        remat(nn.Dense, policy)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("model.remat", "foo"), ("optimizer.clip", "-1.0"), ("seed", "-1"), ("trainable", "[1]")],
+)
+def test_a_refused_config_leaves_no_workdir(key, value, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    words = ["train", "--config", "configs/tiny.py:stage1", f"--config.{key}={value}"]
+    assert main([*words, "--init", str(tmp_path), "--workdir", str(workdir)]) == 2
+    assert capsys.readouterr().err.startswith(f"wemmu train: {key}")
+    assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("notes.md", "# Notes", r"is no config file; expected FILE\.py:STAGE"),
+        ("a.py", "steps = 3", r"must define get_config\(stage\)"),
+        ("a.py", "def get_config(stage:", "SyntaxError: .*line 1"),
+        ("a.py", "import no_such_module", "ModuleNotFoundError: .*no_such_module"),
+        ("a.py", "def get_config(): pass", "TypeError: get_config"),
+        ("a.py", "def get_config(stage): return {}", r"must return a ConfigDict, found \{\}"),
+    ],
+    ids=["markdown", "no function", "syntax", "import", "no stage", "no config"],
+)
+def test_a_file_that_is_no_config(name, text, message, tmp_path):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        load_config(f"{tmp_path / name}:stage1")
+    assert str(error.value).startswith(str(tmp_path / name))
 
 
 def test_no_such_file_or_stage():

@@ -77,9 +77,10 @@ def workdir(converted, tmp_path_factory) -> pathlib.Path:
     """A workdir as training leaves it, with a checkpoint at step 0 and one at `STEP`; nothing was compiled."""
     from wemmu_jax.models.wemmu.config import WeMMUConfig
     from wemmu_jax.models.wemmu.modeling import WeMMUModel
-    from wemmu_jax.training.checkpoints import Checkpoints, Origin, claim_workdir
+    from wemmu_jax.training.checkpoints import Checkpoints, claim_workdir
     from wemmu_jax.training.curriculum import Stage, load_config
     from wemmu_jax.training.optimizer import make_optimizer
+    from wemmu_jax.training.origin import Origin
     from wemmu_jax.training.state import TrainState
 
     folder = tmp_path_factory.mktemp("runs") / "stage2"
@@ -91,8 +92,7 @@ def workdir(converted, tmp_path_factory) -> pathlib.Path:
     bridge = model.init_bridge(jax.random.key(7), params["vlm"]["text"])
     trained = {**bridge, "dit": jax.tree.map(lambda leaf: 1.5 * leaf, params["dit"])}
     state = TrainState.create(trained, make_optimizer(stage.optimizer), ema=False)
-    run = {"init": str(converted), "fingerprint": origin.backbones.fingerprint}
-    claim_workdir(folder, config, {**run, "bridge": stage.bridge.to_dict()})
+    claim_workdir(folder, config, origin.described() | {"bridge": stage.bridge.to_dict()})
     checkpoints = Checkpoints(folder)
     checkpoints.save(state)
     checkpoints.save(state.replace(step=state.step + STEP))

@@ -119,6 +119,24 @@ BAD = [
         {"task": "generate", "instruction": "x", "output_image": "b.png"},
         "output_image: line 3 writes the same file",
     ),
+    (
+        {"task": "generate", "instruction": "x", "output_image": "b.png/x.png"},
+        "out/b.png as a file",
+    ),
+    ({"task": "generate", "instruction": "x", "output_image": "n\0.png"}, "no NUL, found 'n"),
+    (
+        {"task": "generate", "instruction": "x", "output_image": "n\ud800.png"},
+        "output_image: expected Unicode text, found",
+    ),
+    (
+        {"task": "generate", "instruction": "x", "output_image": "n" * 252 + ".png"},
+        "output_image: expected names of at most 255 bytes",
+    ),
+    (
+        {"task": "generate", "instruction": "x", "output_image": "answers.jsonl/x.png"},
+        "answers.jsonl is where answers go",
+    ),
+    ({"task": "generate", "instruction": "\ud800", "output_image": "u.png"}, "Unicode text"),
 ]
 
 
@@ -132,6 +150,37 @@ def test_every_bad_line_is_named_before_anything_is_drawn(batch, requests, tmp_p
     for number, (line, (_, message)) in enumerate(zip(named, BAD, strict=True)):
         assert line.startswith(f"line {1 + 2 * (len(REQUESTS) + number)}: ")
         assert message in line
+
+
+def test_targets_that_files_on_disk_stand_in_the_way_of(batch, requests, tmp_path):
+    (tmp_path / "out/folder.png").mkdir(parents=True)
+    (tmp_path / "out/file.png").touch()
+    names = ["folder.png", "file.png/x.png", "deep.png/x.png", "deep.png"]
+    rows = [{"task": "generate", "instruction": "x", "output_image": name} for name in names]
+    result = batch(requests(rows), "--overwrite")
+    assert result.code == 2
+    out = tmp_path / "out"
+    assert [line.strip() for line in result.err.splitlines()[1:]] == [
+        f"line 1: output_image: {out}/folder.png is a folder; expected a file",
+        f"line 3: output_image: {out}/file.png is a file; {out}/file.png/x.png needs it as a folder",
+        "line 7: output_image: line 5 needs it as a folder",
+    ]
+    assert sorted(path.name for path in out.rglob("*")) == ["file.png", "folder.png"]
+
+
+def test_a_name_of_full_length(batch, requests, tmp_path):
+    name = "n" * 251 + ".png"
+    result = batch(requests([{**REQUESTS[0], "output_image": name}]))
+    assert result.code == 0, result.err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
+
+
+def test_out_is_a_file(wemmu, workdir, requests, tmp_path):
+    (tmp_path / "file").touch()
+    words = ["--checkpoint", workdir, "--out", tmp_path / "file"]
+    result = wemmu("batch", requests(REQUESTS[3:]), *words)
+    assert result.code == 2
+    assert f"--out: {tmp_path / 'file'} is a file" in result.err
 
 
 def test_no_requests(batch, requests, tmp_path):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from configs.tiny import STEPS
+from tests.cli.conftest import STEP
 from wemmu_jax import WeMMU
 from wemmu_jax.cli.main import main
 from wemmu_jax.conversion.bridge import load_bridge, save_bridge
@@ -19,7 +20,7 @@ from wemmu_jax.conversion.memory import flatten
 from wemmu_jax.conversion.weights import Weights
 from wemmu_jax.models.wemmu.config import BridgeConfig, Connector, QueryKind, WeMMUConfig
 from wemmu_jax.models.wemmu.modeling import WeMMUModel
-from wemmu_jax.training.checkpoints import Origin
+from wemmu_jax.training.origin import Origin
 
 README = pathlib.Path("wemmu_jax/conversion/README.md")
 CONFIG = ("--config", "configs/tiny.py:stage2")
@@ -84,6 +85,14 @@ def test_export_of_a_trained_model_comes_back(wemmu, converted, workdir, tmp_pat
     leaves = {path: leaf + 1 for path, leaf in flatten(bridge.params).items()}
     save_bridge(again / "bridge.safetensors", leaves, bridge.config, bridge.fingerprint)
     assert Origin(again).fingerprint != before
+
+
+def test_which_weights_drew_a_picture(workdir, converted, copy_of):
+    """Pictures and answers carry it, so that `batch` does not take those of an earlier step for its own."""
+    latest, earlier = Origin(workdir).identity, Origin(workdir, step=0).identity
+    assert latest.startswith(f"step {STEP}, ") and earlier.startswith("step 0, ")
+    assert latest.split()[-1] != earlier.split()[-1] != Origin(converted).identity
+    assert Origin(copy_of(workdir)).identity == latest
 
 
 def test_a_bridge_of_other_backbones_is_refused(refused, wemmu, workdir, tmp_path):

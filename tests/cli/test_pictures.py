@@ -1,6 +1,7 @@
 """generate, edit, compose, reconstruct: pictures, their metadata, and what cannot be drawn."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from PIL import Image
 
 import wemmu_jax
 from wemmu_jax import WeMMU
+from wemmu_jax.cli.pictures import targets
 
 FEW = ("--steps", 2)
 
@@ -172,12 +174,57 @@ def test_what_cannot_be_drawn(wemmu, workdir, tmp_path, words, message):
         (["a", "b"], "x.png", "2 pictures need a folder"),
         (["a"], "x.jpg", "pictures are written as PNG"),
         (["a"], "file", "is a file; expected a folder or FILE.png"),
+        (["a"], "file/x.png", "file is a file; "),
+        (["a"], "file/x", "file is a file; "),
+        (["a"], "n" * 252 + ".png", "--out: expected names of at most 255 bytes"),
+        (["a"], "n" * 300, "--out: expected names of at most 255 bytes"),
+        (["a"], "n\udc80.png", "--out: expected Unicode text"),
+        (["a"], "folder", "000-a-seed0.png is a folder; expected a file"),
     ],
 )
 def test_where_pictures_cannot_go(refused, workdir, tmp_path, prompts, out, message):
     (tmp_path / "file").touch()
+    (tmp_path / "folder/000-a-seed0.png").mkdir(parents=True)
     words = ["--checkpoint", workdir, "--out", tmp_path / out]
     assert message in refused("generate", *prompts, *words)
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(ValueError, match=f"--out: {tmp_path} cannot be written to"):
+        targets(str(tmp_path / "new/x.png"), ["x.png"], overwrite=False)
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "message"),
+    [
+        ({"guidance": float("nan")}, ValueError, "guidance: expected finite scales"),
+        ({"guidance": float("inf")}, ValueError, "guidance: expected finite scales"),
+        ({"seed": 2**64}, ValueError, "seed: expected 0 to 4294967295, found 18446744073709551616"),
+        ({"seed": -1}, ValueError, "seed: expected 0 to 4294967295, found -1"),
+        ({"seed": 0.5}, TypeError, "seed: expected a whole number, found 0.5"),
+        ({"steps": 2.5}, TypeError, "steps: expected a whole number, found 2.5"),
+        ({"height": 48.0}, TypeError, "height: expected a whole number, found 48.0"),
+        ({"width": "48"}, TypeError, "width: expected a whole number, found '48'"),
+    ],
+)
+def test_arguments_that_no_picture_has(model, how, error, message):
+    with pytest.raises(error, match=message):
+        model.generate("a red circle", **how)
+
+
+def test_arguments_of_the_other_calls(model):
+    picture = Image.fromarray(gradient())
+    with pytest.raises(ValueError, match="guidance: expected finite scales"):
+        model.edit(picture, "make it blue", edit_guidance=float("nan"))
+    with pytest.raises(ValueError, match="seed: expected 0 to"):
+        model.chat("what is this?", seed=2**64)
+    for call in (model.reconstruct, lambda image: model.chat("what is this?", images=[image])):
+        with pytest.raises(TypeError, match=r"^picture: expected a PIL image or a path, found nda"):
+            call(gradient())
+    size = {"height": np.int64(48), "width": np.int64(48), "seed": np.uint32(5)}
+    drawn = model.generate("a red circle", steps=np.int32(2), **size)[0]
+    assert np.array_equal(drawn, model.generate("a red circle", steps=2, seed=5)[0])
 
 
 def test_one_side_of_two_for_an_edit(refused, workdir, tmp_path, picture):

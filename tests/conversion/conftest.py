@@ -15,8 +15,18 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from tests.parity.harness import randomise
 from wemmu_jax.conversion.convert import convert
+from wemmu_jax.models.qwen2_5_vl.tokenizer import (
+    IMAGE_PAD,
+    VISION_END,
+    VISION_START,
+    train_tokenizer,
+)
+from wemmu_jax.tiny.backbones import PREPROCESSOR
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
+
+VOCABULARY = 300
+CAPTIONS = ["a red circle", "a blue square on white"]
 
 VISION = {
     "depth": 2,
@@ -28,7 +38,7 @@ VISION = {
     "fullatt_block_indexes": [1],
 }
 TEXT = {
-    "vocab_size": 300,
+    "vocab_size": VOCABULARY,
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 3,
@@ -84,7 +94,12 @@ class Models:
 def save_models(root: Path, *, tied: bool, dtype: torch.dtype) -> Models:
     """Writes the models with the files that stand beside them in published folders."""
     models = Models(root / "vlm", root / "sana")
+    tokenizer = train_tokenizer(CAPTIONS, vocab_size=VOCABULARY, folder=models.vlm)
+    special = tokenizer.get_added_vocab()
     config = Qwen2_5_VLConfig(
+        image_token_id=special[IMAGE_PAD],
+        vision_start_token_id=special[VISION_START],
+        vision_end_token_id=special[VISION_END],
         vision_config=VISION,
         text_config={**TEXT, "tie_word_embeddings": tied},
         tie_word_embeddings=tied,
@@ -98,9 +113,8 @@ def save_models(root: Path, *, tied: bool, dtype: torch.dtype) -> Models:
         )
     ):
         randomise(module, seed=seed).to(dtype).save_pretrained(folder, max_shard_size=size)
-    (models.vlm / "tokenizer.json").write_text('{"ü": 1}')
-    (models.vlm / "merges.txt").write_text("a b\n")
-    (models.vlm / "chat_template.jinja").write_text("{{ x }}")
+    (models.vlm / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
+    (models.vlm / "README.txt").write_text("ü\n")
     (models.vlm / ".gitattributes").write_text("x")
     (models.sana / "model_index.json").write_text("{}")
     for part in ("scheduler", "text_encoder", "tokenizer"):

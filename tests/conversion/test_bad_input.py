@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.conversion.conftest import BF16, Models, edit_json, rewrite
+from wemmu_jax.conversion.backbones import DC_AE, DIT, VLM
 from wemmu_jax.conversion.convert import convert
 
 
@@ -68,6 +69,7 @@ def truncate(m):
     file.write_bytes(file.read_bytes()[:-10])
 
 
+PREPROCESSOR = "preprocessor_config.json"
 INDEX = "model.safetensors.index.json"
 VAE = "diffusion_pytorch_model.safetensors"
 # what is done to a sound pair of folders -> what the error must say
@@ -124,7 +126,7 @@ BAD = {
     ),
     "config is no json": (
         lambda m: (m.vlm / "config.json").write_text("{"),
-        "vlm/config.json: cannot be read as JSON",
+        "vlm/config.json: expected JSON: ",
     ),
     "config is a list": (
         lambda m: (m.vlm / "config.json").write_text("[]"),
@@ -201,6 +203,87 @@ BAD = {
         "vlm/m.ckpt: pickled weights are refused",
     ),
     "pickle .pkl": (lambda m: only_pickles(m, "m.pkl"), "vlm/m.pkl: pickled weights are refused"),
+    "no tokenizer": (
+        lambda m: (m.vlm / "tokenizer.json").unlink(),
+        "vlm: expected tokenizer.json, or vocab.json and merges.txt, found neither",
+    ),
+    "no tokenizer at all": (
+        lambda m: [(m.vlm / f"tokenizer{end}.json").unlink() for end in ("", "_config")],
+        "vlm: expected a tokenizer_config.json, found none; expected tokenizer.json, or",
+    ),
+    "tokenizer of another kind": (
+        lambda m: (m.vlm / "tokenizer.json").write_text('{"a": 1}'),
+        "vlm/tokenizer.json: no tokenizer",
+    ),
+    "tokenizer is cut": (
+        lambda m: (m.vlm / "tokenizer.json").write_text("{"),
+        "vlm/tokenizer.json: expected JSON: ",
+    ),
+    "tokenizer of another model": (
+        lambda m: edit_json(m.vlm / "config.json", lambda c: c.update(image_token_id=7)),
+        "vlm/config.json: image_token_id: expected [0-9]+ .*found 7",
+    ),
+    "ends that are no ids": (
+        lambda m: (m.vlm / "generation_config.json").write_text('{"eos_token_id": "x"}'),
+        "vlm/generation_config.json: eos_token_id: expected token ids, found",
+    ),
+    "no preprocessor": (
+        lambda m: (m.vlm / PREPROCESSOR).unlink(),
+        f"vlm/{PREPROCESSOR}: missing",
+    ),
+    "preprocessor without a mean": (
+        lambda m: edit_json(m.vlm / PREPROCESSOR, lambda c: c.pop("image_mean")),
+        f"vlm/{PREPROCESSOR}: image_mean: expected three numbers, found None",
+    ),
+    "preprocessor that divides by zero": (
+        lambda m: edit_json(m.vlm / PREPROCESSOR, lambda c: c.update(image_std=[0, 1, 1])),
+        f"vlm/{PREPROCESSOR}: image_std: expected numbers above 0",
+    ),
+    "preprocessor with crossed limits": (
+        lambda m: edit_json(m.vlm / PREPROCESSOR, lambda c: c.update(min_pixels=1e9)),
+        f"vlm/{PREPROCESSOR}: min_pixels and max_pixels: expected two rising",
+    ),
+    "preprocessor is a list": (
+        lambda m: (m.vlm / PREPROCESSOR).write_text("[]"),
+        f"vlm/{PREPROCESSOR}: expected a JSON object, found list",
+    ),
+    "preprocessor is no json": (
+        lambda m: (m.vlm / PREPROCESSOR).write_text("{"),
+        f"vlm/{PREPROCESSOR}: expected JSON: ",
+    ),
+    "no sample_size": (
+        lambda m: edit_json(m.sana / "transformer/config.json", lambda c: c.pop("sample_size")),
+        "transformer/config.json: sample_size: expected a whole number above 0, found None",
+    ),
+    "latents of two widths": (
+        lambda m: edit_json(m.sana / "vae/config.json", lambda c: c.update(latent_channels=8)),
+        "the DiT reads 4 latent channels, the autoencoder writes 8",
+    ),
+    "empty config": (
+        lambda m: (m.vlm / "config.json").write_text("{}"),
+        "vlm/config.json: model_type: expected 'qwen2_5_vl', found None",
+    ),
+    "vision_config is text": (
+        lambda m: edit_json(m.vlm / "config.json", lambda c: c.update(vision_config="x")),
+        "vlm/config.json: vision_config: expected an object, found 'x'",
+    ),
+    "rope_scaling is a list": (
+        lambda m: edit_json(
+            m.vlm / "config.json",
+            lambda c: c["text_config"].update(rope_parameters=None, rope_scaling=["x"]),
+        ),
+        "vlm/config.json: rope_scaling: expected an object, found \\['x'\\]",
+    ),
+    "patches of no size": (
+        lambda m: edit_json(
+            m.vlm / "config.json", lambda c: c["vision_config"].update(patch_size=0)
+        ),
+        "vlm/config.json: vision_config.patch_size: expected one whole number above 0, found 0",
+    ),
+    "latents of no width": (
+        lambda m: edit_json(m.sana / "vae/config.json", lambda c: c.update(latent_channels=0)),
+        r"vae/config.json: DC-AE config: latent_channels: expected whole numbers .*found \[0\]",
+    ),
     "damaged vae": (
         lambda m: (m.sana / "vae" / VAE).write_bytes(b"\xff" * 20),
         f"vae/{VAE}: not a sound safetensors file: the header claims",
@@ -224,6 +307,9 @@ def test_all_faults_in_one_error(copy, tmp_path):
         "missing key",
         "config of more layers",
         "mixed dtypes",
+        "no preprocessor",
+        "no tokenizer at all",
+        "no sample_size",
         "damaged vae",
     )
     for name in together:
@@ -235,6 +321,35 @@ def test_all_faults_in_one_error(copy, tmp_path):
     lost = read_names_of_index(copy.vlm / INDEX, SHARD)
     assert lost
     assert not [name for name in lost if f"missing tensor {name} " in str(caught.value)]
+
+
+VALUES = (0, -1, 1.5, float("nan"), True, None, "x", "", [], ["x"], [0], [None], {}, {"a": 1})
+
+
+@pytest.mark.parametrize("backbone", [VLM, DIT, DC_AE], ids=lambda backbone: backbone.prefix)
+def test_any_value_of_a_config_is_read_or_refused(tied, backbone):
+    config = json.loads((tied.folder(backbone.prefix) / "config.json").read_text())
+    refused = 0
+    for place, key in entries(config):
+        good = place[key]
+        for value in VALUES:
+            place[key] = value
+            try:
+                backbone.rows(config, None)
+            except ValueError:
+                refused += 1
+        place[key] = good
+    assert refused > 100
+
+
+def entries(value):
+    """(container, key) of everything in a JSON value, at every depth."""
+    keys = (
+        value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    )
+    for key in keys:
+        yield value, key
+        yield from entries(value[key])
 
 
 def read_names_of_index(index, file):

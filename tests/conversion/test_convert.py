@@ -66,11 +66,13 @@ def test_files_beside_the_weights(tied, checkpoint):
         "sana/scheduler/scheduler_config.json",
         "sana/transformer/config.json",
         "sana/vae/config.json",
+        "vlm/README.txt",
         "vlm/chat_template.jinja",
         "vlm/config.json",
         "vlm/generation_config.json",
-        "vlm/merges.txt",
+        "vlm/preprocessor_config.json",
         "vlm/tokenizer.json",
+        "vlm/tokenizer_config.json",
     ]
     ours = ["weights/index.json", "weights/weights-00001-of-00001.safetensors", "wemmu.json"]
     assert files == expected + ours

@@ -32,7 +32,7 @@ def test_there_and_back(models, tmp_path, monkeypatch, limit):
         assert (back / "config.json").read_bytes() == (original / "config.json").read_bytes()
         sharded = list(back.glob("*.index.json"))
         assert bool(sharded) == (limit == 30_000)
-    assert (tmp_path / "out/vlm/merges.txt").read_text() == "a b\n"
+    assert (tmp_path / "out/vlm/README.txt").read_text() == "ü\n"
     assert (tmp_path / "out/sana/model_index.json").exists()
     assert (tmp_path / "out/sana/scheduler/scheduler_config.json").exists()
     load_in_reference_libraries(tmp_path / "out", models)

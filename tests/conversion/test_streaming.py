@@ -1,6 +1,7 @@
 """Peak memory of a conversion, and what a killed one leaves behind. Each runs in a process of its own."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,12 +21,14 @@ MEASURE = """
 import sys
 from wemmu_jax.conversion.convert import convert
 from wemmu_jax.conversion.export import export_backbones
+from wemmu_jax.models.qwen2_5_vl.prompt import PromptEncoder
 
 def status(key):
     lines = open("/proc/self/status").read().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024
 
 vlm, sana, out = sys.argv[1:]
+PromptEncoder.load(vlm)  # what a tokenizer takes has nothing to do with the weights
 start = status("VmRSS")
 convert(vlm, sana, out)
 print(status("VmHWM") - start)
@@ -61,8 +64,7 @@ convert.convert(vlm, sana, out)
 
 def large_vlm(small: Models, folder, layers: int):
     """A Qwen2.5-VL folder of 13 MiB a layer whose file is itself written a tensor at a time."""
-    folder.mkdir()
-    (folder / "config.json").write_bytes((small.vlm / "config.json").read_bytes())
+    shutil.copytree(small.vlm, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
     sizes = {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": layers}
     heads = {"num_attention_heads": 4, "layer_types": None}
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}

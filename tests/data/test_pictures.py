@@ -63,6 +63,12 @@ def test_16_bit_grey_keeps_its_range(form):
     assert image.mode == "RGB"
 
 
+def test_32_bit_grey_that_holds_16_bits_is_16_bit_grey():
+    values = np.array([[0, 256, 32768, 65535]], np.int32)
+    image = open_picture(saved(Image.fromarray(values), "TIFF"), name="it")
+    assert np.asarray(image)[0, :, 0].tolist() == [0, 1, 128, 255]
+
+
 def test_one_bit_and_grey():
     for mode in ("1", "L"):
         image = open_picture(saved(Image.new(mode, (4, 4), 255)), name="it")
@@ -128,8 +134,13 @@ def bomb():
         (bomb(), r"dir/x\.png: .*(60000x60000|3600000000) pixels"),
         (saved(Image.new("RGB", (9500, 9500))), r"dir/x\.png: 9500x9500 pixels"),
         (saved(Image.new("F", (4, 4)), "TIFF"), r"dir/x\.png: floating-point"),
+        (saved(Image.new("I", (4, 4), 65536), "TIFF"), r"dir/x\.png: integer .* to 65536 have no"),
+        (saved(Image.new("I", (4, 4), -1), "TIFF"), r"dir/x\.png: integer pixels from -1 to"),
     ],
-    ids=["empty", "text", "html", "cut jpeg", "cut png", "bomb", "large", "float"],
+    ids=[
+        *["empty", "text", "html", "cut jpeg", "cut png", "bomb", "large"],
+        *["float", "32 bits", "negative"],
+    ],
 )
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_broken_pictures_are_one_clear_error(data, message, tmp_path):

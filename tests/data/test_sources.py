@@ -127,8 +127,50 @@ def test_config_entries(folder):
         build_feeds([{"name": "a", "tasks": ["T2I"], **entry}] * 2)
     with pytest.raises(ValueError, match="tasks missing"):
         build_feeds([{"name": "a", **entry}])
-    with pytest.raises(ValueError, match="'T3I' is not a valid Task"):
-        build_feeds([{"name": "a", "tasks": ["T3I"], **entry}])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": 3}, "name must be a text; found 3"),
+        ({"name": ""}, "name must be a text; found ''"),
+        ({"tasks": ["T3I"]}, r"'a': tasks must be .*T2I.*; found \['T3I'\]"),
+        ({"tasks": [["T2I"]]}, "'a': tasks must be"),
+        ({"tasks": "T2I"}, "'a': tasks must be .*; found 'T2I'"),
+        ({"tasks": []}, r"'a': tasks must be .*; found \[\]"),
+        ({"tasks": 1}, "'a': tasks must be .*; found 1"),
+        *[
+            ({"weight": weight}, f"'a': weight must be a finite number .*; found {weight!r}")
+            for weight in (-3, 0, "2", None, True, 1e-9, float("nan"), float("inf"))
+        ],
+        ({"type": ["x"]}, r"type must be one of folder, miniworld; found \['x'\]"),
+        ({"type": 1}, "type must be one of folder, miniworld; found 1"),
+        ({"size": "10"}, "size must be int; found '10'"),
+        ({"size": True}, "size must be int; found True"),
+        ({"size": 1.5}, "size must be int; found 1.5"),
+        ({"size": 0}, "miniworld size: expected at least 1, found 0"),
+        ({"seed": -1}, "miniworld seed: expected at least 0, found -1"),
+        ({"seed": None}, "seed must be int; found None"),
+        ({"kind": ["caption"]}, "kind must be str; found"),
+        ({"split": 0}, "split must be str; found 0"),
+        ({"split": "test"}, "miniworld split: expected one of"),
+        ({"sizes": 3}, "unexpected keyword argument 'sizes'"),
+    ],
+)
+def test_a_bad_value_of_a_data_set_is_named(change, message):
+    entry = {"name": "a", "tasks": ["T2I"], "type": "miniworld"}
+    arguments = {"kind": "caption", "seed": 0, "size": 10, "split": "train"}
+    assert len(build_feeds([{**entry, **arguments}])[0].source) == 10
+    with pytest.raises(ValueError, match=message):
+        build_feeds([{**entry, **arguments, **change}])
+
+
+@pytest.mark.parametrize("change", [{"folder": 3}, {"kind": ["edit"]}, {"index": None}])
+def test_a_bad_value_of_a_folder_is_named(folder, change):
+    write(folder, CAPTION)
+    (key,) = change
+    with pytest.raises(ValueError, match=f"data set .*: {key} must be .*; found"):
+        build_source({"type": "folder", "folder": folder, **change})
 
 
 def test_records_of_one_line_share_their_picture(folder):

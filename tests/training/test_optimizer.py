@@ -65,6 +65,20 @@ def test_an_idle_rule_is_an_error():
         split(TREE, rules((".*", True), ("expert/", False)))
 
 
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (("(", True), r"'\(' is no regex"),
+        ((1, True), "1 is no regex"),
+        ((".*", "false"), "must have true or false; found 'false'"),
+        ((".*", 1), "must have true or false; found 1"),
+    ],
+)
+def test_a_bad_rule_is_an_error(rule, message):
+    with pytest.raises(ValueError, match=f"trainable: .*{message}"):
+        FreezeRule(*rule)
+
+
 def test_weight_decay_is_on_matrices_alone():
     assert {path for path, is_on in flatten(decayed(TREE)).items() if is_on} == {
         "vlm/text/layers/kernel",

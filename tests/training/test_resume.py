@@ -1,6 +1,7 @@
 """Runs that are stopped, resumed, or stop themselves."""
 
 import dataclasses
+import json
 import signal
 
 import jax
@@ -10,7 +11,9 @@ import pytest
 from tests.training.conftest import last_state, stop_at, watched
 from wemmu_jax.sharding import rules
 from wemmu_jax.sharding.mesh import make_mesh
-from wemmu_jax.training.checkpoints import Checkpoints, Origin
+from wemmu_jax.training import loop
+from wemmu_jax.training.checkpoints import Checkpoints
+from wemmu_jax.training.origin import Origin
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +49,25 @@ def assert_same_bits(a, b) -> None:
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         assert x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+def test_what_was_due_when_the_run_was_stopped_is_done_when_it_goes_on(
+    stage1, config_of, tmp_path, monkeypatch
+):
+    """Stopped in its last step, before the validation of that step; and then all is done once and no more."""
+    monkeypatch.setattr(loop, "validate", lambda run, params: {"T2I": 0.5})
+    config = config_of("stage1", **{"optimizer.steps": 2, "every.validate": 1})
+    watched(config, tmp_path / "run", at_step=stop_at(2))
+    assert validated(tmp_path / "run") == [0, 1]
+    for _ in range(2):
+        watched(config, tmp_path / "run")
+        assert validated(tmp_path / "run") == [0, 1, 2]
+
+
+def validated(workdir) -> list[int]:
+    """The steps of all validation lines."""
+    rows = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return [row["step"] for row in rows if "validation/T2I" in row]
 
 
 def test_running_mean_is_the_literal_one(stage1):

@@ -3,6 +3,7 @@
 import json
 import re
 
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -12,9 +13,10 @@ from tensorboardX.proto.event_pb2 import Event
 from tests.training.conftest import STEPS, last_state, same_bits, watched
 from wemmu_jax.conversion.memory import flatten
 from wemmu_jax.conversion.weights import Weights
-from wemmu_jax.training.checkpoints import Origin
 from wemmu_jax.training.loop import validate
 from wemmu_jax.training.metrics import Progress
+from wemmu_jax.training.origin import Origin
+from wemmu_jax.training.run import prepare
 
 BRIDGE = {"expert", "position_mlp", "vae_branch"}
 TASKS = {
@@ -64,6 +66,16 @@ def test_stage1_starts_from_the_backbones_and_its_own_seed(stage1, converted):
             assert np.array_equal(leaf, copied.astype(np.float32))
     for path, leaf in seen.frozen.items():
         assert np.array_equal(leaf, weights.map(path).astype(np.float32))
+
+
+def test_the_expert_starts_unrounded_beside_a_frozen_tree_that_is(config_of, converted):
+    run = prepare(config_of("stage1", **{"model.dtype": "bfloat16"}))
+    weights = Weights.open(converted)
+    expert = flatten(run.trainable["expert"])
+    assert len(expert) > 10
+    for path, leaf in expert.items():
+        np.testing.assert_array_equal(np.asarray(leaf), weights.map(f"vlm/text/{path}"), path)
+    assert {leaf.dtype for leaf in flatten(run.frozen["vlm"]).values()} == {np.dtype(jnp.bfloat16)}
 
 
 def test_stage2_carries_the_bridge_over(stage1, stage2, converted):
@@ -126,7 +138,7 @@ def scalars(workdir) -> dict[str, dict[int, float]]:
 
 def test_tensorboard(stage4):
     found = scalars(stage4[1])
-    for name in ("loss", "gradient_norm", "samples_per_second", "texts_cut"):
+    for name in ("loss", "gradient_norm", "samples_per_second", "seconds_left", "texts_cut"):
         assert sorted(found[f"train/{name}"]) == [1, 2, 3, 4, 5]
     assert all(value > 0 for value in found["train/loss"].values())
     assert all(value == 0 for value in found["train/texts_cut"].values())

@@ -9,8 +9,9 @@ import sys
 import pytest
 
 from tests.training.conftest import last_state, write_converted
-from wemmu_jax.training.checkpoints import Checkpoints, Origin, only_run
+from wemmu_jax.training.checkpoints import Checkpoints, only_run
 from wemmu_jax.training.loop import train
+from wemmu_jax.training.origin import Origin
 from wemmu_jax.training.run import prepare
 
 EMA = {"optimizer.ema": 0.9}
@@ -77,14 +78,45 @@ def test_no_weights(config_of, tmp_path):
         "neither a converted folder",
     )
     (tmp_path / "begun").mkdir()
-    (tmp_path / "begun/run.json").write_text("{}")
+    begun = {"init": "", "init_step": None, "fingerprint": "", "bridge": {}}
+    (tmp_path / "begun/run.json").write_text(json.dumps(begun))
     refused(
         config_of("stage2", tmp_path / "begun"),
         workdir,
         FileNotFoundError,
         "no finished checkpoint",
     )
+    (tmp_path / "begun/run.json").write_text('{"init": ""}')
+    refused(
+        config_of("stage2", tmp_path / "begun"),
+        workdir,
+        ValueError,
+        "an object without init_step, fingerprint, bridge",
+    )
     assert not workdir.exists()
+
+
+def test_weights_that_disagree_with_their_configs(converted, config_of, tmp_path):
+    folder = tmp_path / "weights"
+    shutil.copytree(converted, folder)
+    path = folder / "vlm/config.json"
+    hf = json.loads(path.read_text())
+    path.write_text(json.dumps({**hf, "intermediate_size": hf["intermediate_size"] + 8}))
+    message = r"vlm/text/layers/mlp/down_proj/kernel: the configs imply \(.*\), the weights have"
+    workdir = tmp_path / "run"
+    refused(config_of("stage1", folder), workdir, ValueError, message)
+    assert not workdir.exists()
+
+
+def test_a_stage_whose_leaves_were_all_replaced_is_not_read(stage2, monkeypatch):
+    """Stage 2 trains all that stage 1 did, and at the real size each of them is 18 GB."""
+    read = []
+    params = Checkpoints.params
+    monkeypatch.setattr(
+        Checkpoints, "params", lambda self, *a: read.append(self._folder) or params(self, *a)
+    )
+    Origin(stage2[1]).trained()
+    assert [folder.parent.name for folder in read] == ["stage2"]
 
 
 def test_another_bridge_than_the_stage_before(stage1, config_of, tmp_path):

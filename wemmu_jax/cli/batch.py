@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from wemmu_jax.cli.answers import Answers
 from wemmu_jax.cli.arguments import add_model, add_steps
-from wemmu_jax.cli.pictures import save, settings_of
-from wemmu_jax.cli.request_lines import Line, read_lines
+from wemmu_jax.cli.pictures import check_target, save, settings_of
+from wemmu_jax.cli.request_lines import ANSWERS, Line, read_lines
 
 if TYPE_CHECKING:
     from wemmu_jax.inference.pipeline import WeMMU
@@ -50,7 +50,9 @@ def run(args: argparse.Namespace) -> None:
     """Does what is not there yet, one request at a time: a picture depends on its own line alone."""
     from wemmu_jax.inference.pipeline import WeMMU
 
-    answers = Answers(pathlib.Path(args.out) / "answers.jsonl", fresh=args.overwrite)
+    file = pathlib.Path(args.out) / ANSWERS
+    check_target(file, name="--out")
+    answers = Answers(file, fresh=args.overwrite)
     bare = WeMMU.without_weights(args.checkpoint, dtype=args.dtype)
     jobs = _jobs(args, bare, answers)
     todo = [job for job in jobs if not job.done]
@@ -91,10 +93,14 @@ def _job(line: Line, bare: "WeMMU", args: argparse.Namespace, answers: Answers) 
             "input_images": list(request.images),
             "seed": request.seed,
             "checkpoint": str(pathlib.Path(args.checkpoint)),
+            "weights": bare.identity,
+            "dtype": args.dtype,
         }
         return Job(line, asked, answers.has(asked))
     size = request.size(bare)
-    settings = request.settings(size, checkpoint=args.checkpoint, dtype=args.dtype)
+    settings = request.settings(
+        size, checkpoint=args.checkpoint, weights=bare.identity, dtype=args.dtype
+    )
     if args.overwrite or not target.exists():
         return Job(line, settings, done=False)
     found = settings_of(target)

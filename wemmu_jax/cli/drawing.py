@@ -23,5 +23,11 @@ def draw_one(args: argparse.Namespace, task: str, instruction: str) -> None:
     model = load_model(args.checkpoint, args.dtype, request.size)
     picture = request.draw(model)
     size = (picture.height, picture.width)
-    save(picture, path, request.settings(size, checkpoint=args.checkpoint, dtype=args.dtype))
+    save(
+        picture,
+        path,
+        request.settings(
+            size, checkpoint=args.checkpoint, weights=model.identity, dtype=args.dtype
+        ),
+    )
     print(path)

@@ -66,7 +66,7 @@ def export_checkpoint(checkpoint: str, out: str) -> Exported:
     from wemmu_jax.conversion.export import export_backbones
     from wemmu_jax.conversion.staging import staged
     from wemmu_jax.models.wemmu.config import BridgeConfig
-    from wemmu_jax.training.checkpoints import Origin
+    from wemmu_jax.training.origin import Origin
 
     with staged(pathlib.Path(out)) as partial:
         origin = Origin(checkpoint)

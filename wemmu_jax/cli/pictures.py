@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 _OTHER_FORMATS = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+NAME_BYTES = 255  # of a file or folder, on every file system in use
 
 
 def targets(out: str, names: Sequence[str], *, overwrite: bool) -> list[pathlib.Path]:
@@ -17,23 +18,46 @@ def targets(out: str, names: Sequence[str], *, overwrite: bool) -> list[pathlib.
 
     Raises:
       FileExistsError: one is there already, and `overwrite` is off.
-      ValueError: several pictures for one file, or a format other than PNG.
+      ValueError: several pictures for one file, a format other than PNG, or no file can be written there.
     """
     path = pathlib.Path(out)
-    suffix = "" if path.is_dir() else path.suffix.lower()
+    suffix = "" if os.path.isdir(path) else path.suffix.lower()
     if suffix in _OTHER_FORMATS:
         raise ValueError(f"--out {out}: pictures are written as PNG; give a folder or FILE.png")
     if suffix == ".png" and len(names) != 1:
         raise ValueError(f"--out {out}: {len(names)} pictures need a folder")
     paths = [path] if suffix == ".png" else [path / name for name in names]
-    if path not in paths and path.exists() and not path.is_dir():
+    if path not in paths and os.path.isfile(path):
         raise FileExistsError(f"--out {out}: is a file; expected a folder or FILE.png")
+    for one in paths:
+        check_target(one, name="--out")
     there = [str(path) for path in paths if path.exists()]
     if there and not overwrite:
         raise FileExistsError(
             f"{', '.join(there)}: there already; choose another --out, or give --overwrite"
         )
     return paths
+
+
+def check_target(path: pathlib.Path, *, name: str) -> None:
+    """Raises ValueError, led by `name`, if no file can be written at `path`: better than after drawing."""
+    for part in path.parts:
+        try:
+            size = len(part.encode())
+        except UnicodeEncodeError:
+            raise ValueError(f"{name}: expected Unicode text, found {part!r}") from None
+        if size > NAME_BYTES or "\0" in part:
+            raise ValueError(
+                f"{name}: expected names of at most {NAME_BYTES} bytes and no NUL, found {part!r}"
+            )
+    # Not the methods of `Path`, which raise for some of the paths that are to be named here.
+    if os.path.isdir(path):
+        raise ValueError(f"{name}: {path} is a folder; expected a file")
+    nearest = next(folder for folder in path.parents if os.path.lexists(folder))
+    if not os.path.isdir(nearest):
+        raise ValueError(f"{name}: {nearest} is a file; {path} needs it as a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ValueError(f"{name}: {nearest} cannot be written to")
 
 
 def file_name(number: int, text: str, seed: int) -> str:
@@ -51,7 +75,7 @@ def save(image: "Image.Image", path: pathlib.Path, settings: Mapping[str, str]) 
     for name, value in settings.items():
         info.add_text(name, value)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial = path.with_name(f".partial-{os.getpid()}")  # its length is not the picture's
     try:
         image.save(partial, format="PNG", pnginfo=info)
         os.replace(partial, path)

@@ -6,9 +6,11 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from wemmu_jax.cli.pictures import check_target
 from wemmu_jax.cli.requests import GUIDANCE, SEEDS, TASKS, Request
 
 CHAT = "chat"
+ANSWERS = "answers.jsonl"
 FIELDS = {
     "task": str,
     "instruction": str,
@@ -54,20 +56,43 @@ def read_lines(
         raise FileNotFoundError(f"{file}: no such file")
     lines: list[Line] = []
     faults: list[Fault] = []
-    first: dict[pathlib.Path, int] = {}
+    targets = _Targets()
     for number, text in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
         if not text.strip():
             continue
         try:
             line = _line(number, text, file.parent, out, steps)
-            if line.target is not None and first.setdefault(line.target, number) != number:
-                raise ValueError(f"output_image: line {first[line.target]} writes the same file")
+            if line.target is not None:
+                targets.claim(line.target, number)
             lines.append(line)
         except ValueError as error:
             faults.append((number, str(error)))
     if not lines and not faults:
         raise ValueError(f"{file}: holds no request")
     return lines, faults
+
+
+class _Targets:
+    """The files that lines write, and the folders that these need."""
+
+    def __init__(self):
+        self._files: dict[pathlib.Path, int] = {}
+        self._folders: dict[pathlib.Path, int] = {}
+
+    def claim(self, target: pathlib.Path, number: int) -> None:
+        """Notes what line `number` writes; raises ValueError if it cannot be written beside the others."""
+        check_target(target, name="output_image")
+        if target in self._files:
+            raise ValueError(f"output_image: line {self._files[target]} writes the same file")
+        if target in self._folders:
+            raise ValueError(f"output_image: line {self._folders[target]} needs it as a folder")
+        for folder in target.parents:
+            if folder in self._files:
+                line = self._files[folder]
+                raise ValueError(f"output_image: line {line} writes {folder} as a file")
+        self._files[target] = number
+        for folder in target.parents:
+            self._folders.setdefault(folder, number)
 
 
 def _line(number: int, text: str, folder: pathlib.Path, out: pathlib.Path, steps: int) -> Line:
@@ -132,6 +157,8 @@ def _target(task: str, name: str | None, out: pathlib.Path) -> pathlib.Path | No
     path = pathlib.PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts:
         raise ValueError(f"output_image: expected a path inside the output folder, found {name!r}")
+    if path.parts[:1] == (ANSWERS,):
+        raise ValueError(f"output_image: {ANSWERS} is where answers go, found {name!r}")
     if path.suffix.lower() != ".png":
         raise ValueError(f"output_image: pictures are written as PNG, found {name!r}")
     return out / path

@@ -69,8 +69,10 @@ class Request:
             case "reconstruct":
                 return model.reconstruct(self.images[0], **how)
 
-    def settings(self, size: tuple[int, int], *, checkpoint: str, dtype: str) -> dict[str, str]:
-        """All that is needed to draw the picture again, as the PNG's metadata."""
+    def settings(
+        self, size: tuple[int, int], *, checkpoint: str, weights: str, dtype: str
+    ) -> dict[str, str]:
+        """All that is needed to draw the picture again, as the PNG's metadata. `weights`: `WeMMU.identity`."""
         values: dict[str, Any] = {
             "task": self.task,
             "prompt": self.instruction,
@@ -81,6 +83,7 @@ class Request:
             "steps": self.steps,
             **self.guidance,
             "checkpoint": pathlib.Path(checkpoint),
+            "weights": weights,
             "dtype": dtype,
             "wemmu": wemmu_jax.__version__,
         }

@@ -1,7 +1,6 @@
 """`wemmu train`: one stage of the curriculum."""
 
 import argparse
-import json
 import pathlib
 
 
@@ -40,5 +39,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _known_init(workdir: pathlib.Path) -> str:
     """What the run in `workdir` started from; empty if there is none."""
+    from wemmu_jax.training.checkpoints import read_json
+
     known = workdir / "config.json"
-    return json.loads(known.read_text())["init"] if known.is_file() else ""
+    return read_json(known, keys=["init"])["init"] if known.is_file() else ""

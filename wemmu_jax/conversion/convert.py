@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -24,7 +24,14 @@ from wemmu_jax.conversion.safetensors_io import Spec, Stored
 from wemmu_jax.conversion.staging import check_free, copy_files, staged
 from wemmu_jax.conversion.table import Entry, Layout
 from wemmu_jax.conversion.weights import write_weights
-from wemmu_jax.models.wemmu.config import WeMMUConfig
+from wemmu_jax.files import read_object
+from wemmu_jax.models.dc_ae.config import DCAEConfig
+from wemmu_jax.models.qwen2_5_vl.config import Qwen25VLConfig
+from wemmu_jax.models.qwen2_5_vl.prompt import PromptEncoder
+from wemmu_jax.models.qwen2_5_vl.tokenizer import load_tokenizer
+from wemmu_jax.models.sana.config import SanaConfig
+from wemmu_jax.models.wemmu.config import BridgeConfig, WeMMUConfig
+from wemmu_jax.models.wemmu.inputs import read_preprocessing, read_sample_size
 from wemmu_jax.models.wemmu.modeling import WeMMUModel
 
 _DTYPES = {np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)}
@@ -81,7 +88,8 @@ def convert(vlm: str, sana: str, out: str, bridge: str | None = None) -> Report:
     vlm_folder = local_folder(vlm, VLM_FILES)
     sana_folder = local_folder(sana, SANA_FILES)
     sources = {VLM: vlm_folder, DIT: sana_folder / "transformer", DC_AE: sana_folder / "vae"}
-    leaves, ignored = plan(sources)
+    leaves, ignored, faults = _survey(sources)
+    _refuse(faults + _unloadable(vlm_folder, sana_folder))
     if bridge is not None:
         _check_bridge(Path(bridge), vlm_folder, sana_folder, leaves)
     _check_room(Path(out), sum(leaf.spec.nbytes for leaf in leaves.values()))
@@ -106,26 +114,68 @@ def plan(sources: Mapping[Backbone, Path]) -> tuple[dict[str, Leaf], list[str]]:
     Raises:
       ValueError: names every fault of every model.
     """
+    leaves, ignored, faults = _survey(sources)
+    _refuse(faults)
+    return leaves, ignored
+
+
+def _refuse(faults: list[str]) -> None:
+    """Raises one ValueError of all faults, if there are any."""
+    if faults:
+        # Two readers of one file say the same about it.
+        listed = "\n  ".join(dict.fromkeys(faults))
+        raise ValueError(f"these models cannot be converted:\n  {listed}")
+
+
+def _survey(sources: Mapping[Backbone, Path]) -> tuple[dict[str, Leaf], list[str], list[str]]:
+    """What `plan` returns, and all faults of weights and configs; with a fault the leaves are incomplete."""
     leaves: dict[str, Leaf] = {}
     ignored: list[str] = []
     faults: list[str] = []
     for backbone, path in sources.items():
         folder = read_folder(path, backbone.stem)
         faults += folder.faults
-        if not folder.config or not folder.tensors:
-            continue
+        if folder.config is None or not folder.tensors:
+            continue  # a fault says why
         try:
             rows = backbone.rows(folder.config, folder.tensors.keys() | folder.unread)
-        except (ValueError, TypeError, KeyError) as error:
+        except ValueError as error:
             faults.append(f"{path / 'config.json'}: {error}")
             continue
         faults += _misfits(folder, rows)
         if not faults:
             leaves |= {f"{backbone.prefix}/{e.target}": _leaf(e, folder) for e in rows.table}
             ignored += [name for name in rows.repeats if name in folder.tensors]
-    if faults:
-        raise ValueError("these models cannot be converted:\n  " + "\n  ".join(faults))
-    return leaves, ignored
+    return leaves, ignored, faults
+
+
+def _unloadable(vlm: Path, sana: Path) -> list[str]:
+    """Why inference could not load these folders: it reads more of them than the weights."""
+    faults: list[str] = []
+
+    def attempt(load: Callable, *args) -> None:
+        try:
+            load(*args)
+        except (ValueError, OSError) as error:
+            faults.append(str(error))
+
+    config, transformer = vlm / "config.json", sana / "transformer/config.json"
+    attempt(read_preprocessing, vlm / "preprocessor_config.json")
+    attempt(read_sample_size, transformer)
+    # How the parts fit each other can be said of sound configs only.
+    attempt(PromptEncoder.load if _is_sound(Qwen25VLConfig, config) else load_tokenizer, vlm)
+    vae = sana / "vae/config.json"
+    if all(map(_is_sound, (Qwen25VLConfig, SanaConfig, DCAEConfig), (config, transformer, vae))):
+        attempt(WeMMUConfig.from_parts, vlm, sana, BridgeConfig())
+    return faults
+
+
+def _is_sound(kind: type[Qwen25VLConfig | SanaConfig | DCAEConfig], file: Path) -> bool:
+    try:
+        kind.from_hf(read_object(file))
+    except (ValueError, OSError):
+        return False
+    return True
 
 
 def _check_bridge(bridge: Path, vlm: Path, sana: Path, leaves: Mapping[str, Leaf]) -> None:

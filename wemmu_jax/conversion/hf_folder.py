@@ -1,11 +1,11 @@
 """What lies in one Hugging Face model folder: its config and where each tensor is. Nothing is read but headers."""
 
 import dataclasses
-import json
 import re
 from pathlib import Path
 
 from wemmu_jax.conversion.safetensors_io import Stored, read_header
+from wemmu_jax.files import read_object
 
 _PICKLED = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 _OTHER_WEIGHTS = {".safetensors", ".h5", ".msgpack", ".onnx", ".gguf", ".npz", ".npy"}
@@ -17,14 +17,14 @@ class HFFolder:
 
     Attributes:
       folder: where it is.
-      config: its `config.json`; empty if that could not be read.
+      config: its `config.json`; None if that could not be read.
       tensors: name -> where it lies, over all shards; of a tensor that lies in two shards, the first.
       unread: tensors that the index puts into shards which are missing or broken.
       faults: everything that is wrong with it, one sentence each.
     """
 
     folder: Path
-    config: dict
+    config: dict | None
     tensors: dict[str, Stored]
     unread: frozenset[str]
     faults: list[str]
@@ -45,6 +45,8 @@ def read_folder(folder: Path, stem: str) -> HFFolder:
             if name in tensors:
                 faults.append(f"{name} is both in {tensors[name].file.name} and in {file}")
             tensors.setdefault(name, stored)
+    if not tensors and not faults:
+        faults.append(f"{folder}: its weight files hold no tensor")
     _, index = _single_and_index(folder, stem)
     unread: frozenset[str] = frozenset()
     if index.exists():
@@ -132,7 +134,7 @@ def _indexed_files(index: Path, faults: list[str]) -> list[Path]:
 
 
 def _weight_map(index: Path, faults: list[str]) -> dict[str, str]:
-    weight_map = _read_object(index, faults).get("weight_map")
+    weight_map = (_read_object(index, faults) or {}).get("weight_map")
     is_map = isinstance(weight_map, dict) and all(isinstance(f, str) for f in weight_map.values())
     if not is_map or not weight_map:
         faults.append(f"{index}: no weight_map of tensor names to file names")
@@ -156,17 +158,10 @@ def _disagreements(
     ]
 
 
-def _read_object(file: Path, faults: list[str]) -> dict:
-    """A JSON object from a file; empty, with a fault noted, if there is none."""
+def _read_object(file: Path, faults: list[str]) -> dict | None:
+    """A JSON object from a file; None, with a fault noted, if there is none."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        faults.append(f"{file}: missing")
-        return {}
-    except (ValueError, RecursionError, OSError) as error:
-        faults.append(f"{file}: cannot be read as JSON: {error}")
-        return {}
-    if not isinstance(value, dict):
-        faults.append(f"{file}: expected a JSON object, found {type(value).__name__}")
-        return {}
-    return value
+        return read_object(file)
+    except (ValueError, OSError) as error:
+        faults.append(str(error))
+        return None

@@ -116,7 +116,7 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
             f"{name}: floating-point pixels have no fixed range; save it with 8 or 16 bits"
         )
     if image.mode.startswith("I"):
-        return _from_16_bit(image).convert("RGB")
+        return _from_16_bit(image, name).convert("RGB")
     if image.has_transparency_data:
         picture = image.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")
@@ -124,7 +124,12 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
     return image.convert("RGB")
 
 
-def _from_16_bit(image: Image.Image) -> Image.Image:
+def _from_16_bit(image: Image.Image, name: str) -> Image.Image:
     # PIL's own conversion clips at 255 instead of scaling.
-    values = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise _PictureError(
+            f"{name}: integer pixels from {values.min()} to {values.max()} have no fixed range; "
+            "save it with 8 or 16 bits"
+        )
     return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))

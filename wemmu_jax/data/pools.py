@@ -7,6 +7,7 @@ and mixes tasks and data sets.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 
@@ -19,6 +20,9 @@ from wemmu_jax.data.buckets import Bucket
 from wemmu_jax.data.records import RecordSource, source_counts, target_sizes
 from wemmu_jax.data.tasks import Task, arities
 
+# Weights count in fractions of a millionth, see `turns.exact`; a smaller one would be none.
+LEAST_WEIGHT = 1e-6
+
 
 @dataclasses.dataclass(frozen=True)
 class Feed:
@@ -29,12 +33,22 @@ class Feed:
       task: what its records are used for.
       source: the records.
       weight: its part of the task's rows, relative to the task's other feeds.
+
+    Raises:
+      ValueError: the weight is not a finite number of at least LEAST_WEIGHT.
     """
 
     name: str
     task: Task
     source: RecordSource
     weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if type(self.weight) not in (int, float) or not LEAST_WEIGHT <= self.weight < math.inf:
+            raise ValueError(
+                f"data set {self.name!r}: weight must be a finite number of at least {LEAST_WEIGHT}; "
+                f"found {self.weight!r}"
+            )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -87,13 +101,13 @@ def gather_pools(
       ValueError: a task without a feed, or a feed without a record that can serve its task.
     """
     tasks = tuple(tasks)
-    fed = {feed.task for feed in feeds if feed.weight > 0}
+    fed = {feed.task for feed in feeds}
     if hungry := [task.value for task in tasks if task not in fed]:
         raise ValueError(f"no data set feeds {', '.join(hungry)}, which the mixture asks for")
     pools = [
         pool
         for index, feed in enumerate(feeds)
-        if feed.task in tasks and feed.weight > 0
+        if feed.task in tasks
         for pool in _pools_of(feed, index, buckets)
     ]
     homes = {

@@ -104,27 +104,40 @@ class FolderSource:
         return file_picture(path, self._sizes[name], name=str(path))
 
 
-def _miniworld(**arguments) -> RecordSource:
+def _miniworld(kind: str, *, seed: int, size: int, split: str) -> RecordSource:
+    for name, value, least in (("seed", seed, 0), ("size", size, 1)):
+        if value < least:
+            raise ValueError(f"miniworld {name}: expected at least {least}, found {value}")
     # Miniworld imports the records of this package.
     sources = importlib.import_module("wemmu_jax.miniworld.sources")
-    return sources.MiniworldSource(**arguments)
+    return sources.MiniworldSource(kind, seed=seed, size=size, split=split)
 
 
 SOURCES: dict[str, Callable[..., RecordSource]] = {"folder": FolderSource, "miniworld": _miniworld}
 
 
 def build_source(spec: Mapping) -> RecordSource:
-    """The source that a config entry names: its `type` from `SOURCES`, and that type's arguments."""
+    """The source that a config entry names: its `type` from `SOURCES`, and that type's arguments.
+
+    Raises:
+      ValueError: there is no such type, or it takes other arguments; and what the source itself raises.
+    """
     arguments = dict(spec)
     kind = arguments.pop("type", None)
-    if kind not in SOURCES:
+    if not isinstance(kind, str) or kind not in SOURCES:
         raise ValueError(
             f"data set {dict(spec)}: type must be one of {', '.join(SOURCES)}; found {kind!r}"
         )
+    signature = inspect.signature(SOURCES[kind])
     try:
-        inspect.signature(SOURCES[kind]).bind(**arguments)
+        signature.bind(**arguments)
     except TypeError as error:
         raise ValueError(f"data set {dict(spec)}: {error}") from error
+    for name, value in arguments.items():
+        expected = signature.parameters[name].annotation
+        if isinstance(value, bool) or not isinstance(value, expected):
+            form = inspect.formatannotation(expected)
+            raise ValueError(f"data set {dict(spec)}: {name} must be {form}; found {value!r}")
     return SOURCES[kind](**arguments)
 
 
@@ -132,6 +145,9 @@ def build_feeds(specs: Sequence[Mapping]) -> tuple[Feed, ...]:
     """Feeds from config entries: `name`, `tasks` (their names), optionally `weight` (1), and a source's entry.
 
     {"name": "photos", "tasks": ["T2I", "Rec"], "weight": 2, "type": "folder", "folder": "photos"}
+
+    Raises:
+      ValueError: an entry is not like this; and as `build_source`.
     """
     feeds = []
     for spec in specs:
@@ -139,6 +155,13 @@ def build_feeds(specs: Sequence[Mapping]) -> tuple[Feed, ...]:
         if missing := {"name", "tasks"} - set(entry):
             raise ValueError(f"data set {entry}: {', '.join(sorted(missing))} missing")
         name, tasks, weight = entry.pop("name"), entry.pop("tasks"), entry.pop("weight", 1.0)
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"data set {dict(spec)}: name must be a text; found {name!r}")
+        known = [task.value for task in Task]
+        if not isinstance(tasks, list | tuple) or not tasks or any(t not in known for t in tasks):
+            raise ValueError(
+                f"data set {name!r}: tasks must be a list of some of {', '.join(known)}; found {tasks!r}"
+            )
         if any(feed.name == name for feed in feeds):
             raise ValueError(f"two data sets are named {name!r}")
         source = build_source(entry)

@@ -6,6 +6,7 @@ model.generate(["a red circle"], height=512, width=512, seed=0)[0].save("circle.
 
 import dataclasses
 import functools
+import math
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,7 @@ from wemmu_jax.inference.requests import (
     Picture,
     RequestEncoder,
     opened_picture,
+    whole_number,
 )
 from wemmu_jax.inference.sampling import Canvas, Sampler, SolverSettings
 from wemmu_jax.models.qwen2_5_vl.decode import Sampling
@@ -32,7 +34,10 @@ from wemmu_jax.models.wemmu.batch import PromptBatch, Sources
 from wemmu_jax.models.wemmu.config import BridgeConfig, WeMMUConfig
 from wemmu_jax.models.wemmu.modeling import WeMMUModel
 from wemmu_jax.rng import Stream, stream_key
-from wemmu_jax.training.checkpoints import Origin
+from wemmu_jax.training.origin import Origin
+
+# JAX takes a seed as 32 bits.
+SEEDS = 2**32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +51,7 @@ class WeMMU:
       batch_size: how many pictures are drawn at a time; which pictures they are does not depend on it.
       solver: how the flow is integrated.
       shift: moves the solver's times towards noise; Sana's 3.
+      identity: which weights these are, see `Origin.identity`; empty for weights that come from memory.
     """
 
     model: WeMMUModel
@@ -54,6 +60,7 @@ class WeMMU:
     batch_size: int = 4
     solver: Solver = Solver.DPM_SOLVER_PP
     shift: float = 3.0
+    identity: str = ""
 
     @classmethod
     def load(cls, path: str | pathlib.Path, *, dtype=jnp.bfloat16) -> "WeMMU":
@@ -72,6 +79,7 @@ class WeMMU:
         """
         origin = Origin(path)
         bare = cls._bare(origin, dtype)
+        origin.check(bare.model)
         params = origin.load(dtype=lambda _: dtype)
         if origin.bridge is None:
             print(f"{path}: no trained bridge here; drawing one from seed 0", file=sys.stderr)
@@ -89,7 +97,8 @@ class WeMMU:
         bridge = BridgeConfig.from_dict(origin.bridge or {})
         config = WeMMUConfig.from_folder(origin.backbones_folder, bridge)
         model = WeMMUModel(config, dtype=jnp.dtype(dtype))
-        return cls.from_params(model, {}, origin.backbones_folder)
+        bare = cls.from_params(model, {}, origin.backbones_folder)
+        return dataclasses.replace(bare, identity=origin.identity)
 
     @classmethod
     def from_params(
@@ -213,6 +222,7 @@ class WeMMU:
         seed: int = 0,
     ) -> str:
         """What the frozen VLM answers, pictures before the question; greedy at temperature 0."""
+        seed = _checked_seed(seed)
         prompt, packed = self.requests.chat(question, images)
         embeds = self._sampler.embed(
             self.params["vlm"], prompt.tokens[None], prompt.feature_index[None], packed
@@ -253,6 +263,9 @@ class WeMMU:
         """One picture for each request; all of them have the same number of sources."""
         if not requests:
             raise ValueError("no prompts")
+        if not all(math.isfinite(weight) for _, weight in guidance.weights):
+            raise ValueError("guidance: expected finite scales")
+        seed, steps = _checked_seed(seed), whole_number("steps", steps)
         rows = self.requests.sized(requests, size)
         canvas = Canvas(*size, self.model.config.query_grid(*size), rows.shapes.tokens)
         settings = SolverSettings(steps=steps, shift=self.shift, solver=self.solver)
@@ -285,6 +298,13 @@ class WeMMU:
             for pixels in inputs.pixels
         )
         return inputs.prompt, Sources(inputs.images, inputs.place, latents)
+
+
+def _checked_seed(seed: int) -> int:
+    seed = whole_number("seed", seed)
+    if not 0 <= seed < SEEDS:
+        raise ValueError(f"seed: expected 0 to {SEEDS - 1}, found {seed}")
+    return seed
 
 
 @functools.lru_cache(maxsize=4)

@@ -4,8 +4,8 @@ B requests of one call, n source pictures of each, S source tokens.
 """
 
 import dataclasses
-import json
 import math
+import operator
 import pathlib
 from collections.abc import Sequence
 
@@ -20,7 +20,7 @@ from wemmu_jax.models.qwen2_5_vl.images import resize_rgb, smart_size
 from wemmu_jax.models.qwen2_5_vl.prompt import PaddedPrompt
 from wemmu_jax.models.wemmu.batch import PackedImages, PromptBatch
 from wemmu_jax.models.wemmu.config import WeMMUConfig
-from wemmu_jax.models.wemmu.inputs import RowEncoder, prompt_batch
+from wemmu_jax.models.wemmu.inputs import RowEncoder, prompt_batch, read_sample_size
 
 # Prompts are padded to one of these, and pictures to a multiple of this, so that few programs are compiled.
 TEXT_LENGTHS = (128, 256, 512)
@@ -71,10 +71,10 @@ class RequestEncoder:
 
     @classmethod
     def load(cls, backbones: str | pathlib.Path, config: WeMMUConfig) -> "RequestEncoder":
-        """Reads the tokenizer and the DiT's size from a converted folder."""
-        dit = json.loads((pathlib.Path(backbones) / "sana/transformer/config.json").read_text())
+        """Reads the tokenizer and the DiT's size from a converted folder; raises as `RowEncoder.load`."""
+        dit = pathlib.Path(backbones) / "sana/transformer/config.json"
         rows = RowEncoder.load(backbones, config)
-        return cls(config, rows, dit["sample_size"] * config.dc_ae.ratio)
+        return cls(config, rows, read_sample_size(dit) * config.dc_ae.ratio)
 
     # -- drawing
 
@@ -87,7 +87,10 @@ class RequestEncoder:
         if sources and height is None:
             return self._bucket(sources[0], self.default_size)
         default = self.default_size
-        return default if height is None else height, default if width is None else width
+        return (
+            default if height is None else whole_number("height", height),
+            default if width is None else whole_number("width", width),
+        )
 
     def sized(self, requests: Sequence[DrawingRequest], size: Size) -> RowEncoder:
         """The encoder padded for these requests.
@@ -179,7 +182,17 @@ def opened_picture(image: Picture) -> Image.Image:
     """A picture, or the file that it is in, upright and in RGB."""
     if isinstance(image, Image.Image):
         return upright_rgb(image, name="picture")
+    if not isinstance(image, str | pathlib.Path):
+        raise TypeError(f"picture: expected a PIL image or a path, found {type(image).__name__}")
     return open_picture(image, name=str(image))
+
+
+def whole_number(name: str, value: int) -> int:
+    """`value` as Python's int, whichever library's whole number it is."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected a whole number, found {value!r}") from None
 
 
 def text_length(tokens: int) -> int:

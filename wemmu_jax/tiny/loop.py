@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from wemmu_jax.files import write_json
 from wemmu_jax.rng import Stream, stream_key
-from wemmu_jax.training.checkpoints import Checkpoints, differences, only_run, write_json
+from wemmu_jax.training.checkpoints import Checkpoints, differences, only_run
 from wemmu_jax.training.loop import StopOnSignal
 from wemmu_jax.training.metrics import Progress
 from wemmu_jax.training.optimizer import OptimizerConfig, make_optimizer

@@ -1,4 +1,4 @@
-"""Checkpoints of a run, and how trained weights are laid over converted backbones.
+"""The workdir of a run and its checkpoints.
 
 A workdir holds `config.json` (the resolved config), `run.json` (where the run started from) and
 `checkpoints/STEP/`, Orbax checkpoints of the trainable side alone; frozen weights stay in the converted folder,
@@ -7,22 +7,15 @@ which `run.json` names together with its fingerprint.
 
 import contextlib
 import fcntl
-import functools
-import hashlib
 import json
-import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 from orbax.checkpoint import v1 as ocp
 
-from wemmu_jax.conversion.bridge import BRIDGE_FILE, load_bridge_leaves, read_bridge_config
-from wemmu_jax.conversion.memory import flatten, nest
-from wemmu_jax.conversion.safetensors_io import sha256_of
-from wemmu_jax.conversion.weights import Weights
+from wemmu_jax.files import read_object, write_json
 from wemmu_jax.training.state import TrainState
 
 Sharding = Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding | None] | None
@@ -30,11 +23,17 @@ Sharding = Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding | None] |
 PARAMS, EMA, REST = "params", "ema", "optimizer"
 
 
-def write_json(path: pathlib.Path, value: dict) -> None:
-    """Writes a file in one step, so that it is never seen half there."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2, default=str) + "\n")
-    os.replace(partial, path)
+def read_json(path: pathlib.Path, *, keys: Sequence[str] = ()) -> dict:
+    """An object out of a file.
+
+    Raises:
+      FileNotFoundError: it is not there.
+      ValueError: it is no JSON object, or lacks one of `keys`.
+    """
+    value = read_object(path)
+    if missing := [key for key in keys if key not in value]:
+        raise ValueError(f"{path}: damaged: found an object without {', '.join(missing)}")
+    return value
 
 
 def check_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
@@ -45,7 +44,7 @@ def check_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> N
     """
     path = workdir / "config.json"
     if path.exists():
-        other = differences(json.loads(path.read_text()), json.loads(config.to_json()))
+        other = differences(read_json(path), json.loads(config.to_json()))
         if other:
             raise ValueError(
                 f"{workdir} belongs to another config:\n  " + "\n  ".join(other) + "\n"
@@ -70,7 +69,7 @@ def claim_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict, run:
     """
     check_workdir(workdir, config)
     if (workdir / "config.json").exists():
-        if other := differences(json.loads((workdir / "run.json").read_text()), run):
+        if other := differences(read_json(workdir / "run.json"), run):
             raise ValueError(f"{workdir} started from other weights:\n  " + "\n  ".join(other))
         return
     workdir.mkdir(parents=True, exist_ok=True)
@@ -162,10 +161,6 @@ class Checkpoints:
 
     def params(self, step: int, sharding: Sharding = None) -> dict:
         """The trained weights of a step, or their running mean where there is one."""
-        folder = self._folder / str(step)
-        name = EMA if (folder / EMA).exists() else PARAMS
-        _check_whole(folder / name)
-        abstract = ocp.pytree_metadata(folder, checkpointable_name=name).metadata
 
         def one(path, leaf) -> jax.ShapeDtypeStruct:
             spec = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
@@ -173,7 +168,21 @@ class Checkpoints:
             place = place or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
-        return self._load(step, {name: jax.tree_util.tree_map_with_path(one, abstract)})[name]
+        abstract = jax.tree_util.tree_map_with_path(one, self.abstract_params(step))
+        name = self._weights_of(step)
+        return self._load(step, {name: abstract})[name]
+
+    def abstract_params(self, step: int) -> dict:
+        """The shapes and types of what `params` loads."""
+        name, where = self._weights_of(step), self._folder / str(step)
+        _check_whole(where / name)
+        try:
+            return ocp.pytree_metadata(where, checkpointable_name=name).metadata
+        except Exception as error:
+            raise _damaged(where, [name]) from error
+
+    def _weights_of(self, step: int) -> str:
+        return EMA if (self._folder / str(step) / EMA).exists() else PARAMS
 
     def _load(self, step: int, parts: dict) -> dict:
         where = self._folder / str(step)
@@ -181,12 +190,20 @@ class Checkpoints:
             _check_whole(where / name)
         try:
             return self._checkpointer.load_checkpointables(step, parts)
-        except Exception as error:  # Orbax names everything that it tried, on many lines
-            raise ValueError(f"checkpoint {where} is damaged: {str(error)[:300]}") from error
+        except Exception as error:
+            raise _damaged(where, parts) from error
 
     def close(self) -> None:
         """Waits for what is being written."""
         self._checkpointer.close()
+
+
+def _damaged(where: pathlib.Path, parts: Iterable[str]) -> ValueError:
+    """Without Orbax's own message, which names everything that it tried, on many lines."""
+    return ValueError(
+        f"checkpoint {where} is damaged: {', '.join(parts)} cannot be read (--debug shows why); remove the "
+        "folder to go on from the checkpoint before"
+    )
 
 
 def _check_whole(folder: pathlib.Path) -> None:
@@ -198,106 +215,3 @@ def _check_whole(folder: pathlib.Path) -> None:
             f"checkpoint {folder.parent} is not whole: {folder.name} lacks {', '.join(missing)}; remove the "
             "folder to go on from the checkpoint before"
         )
-
-
-class Origin:
-    """Where weights come from: a folder that `wemmu convert` wrote, or a workdir and what it started from."""
-
-    def __init__(self, folder: str | pathlib.Path, *, step: int | None = None):
-        """`step`: of which checkpoint of a workdir; the latest by default.
-
-        Raises:
-          FileNotFoundError: there are no weights there.
-          ValueError: they are not whole, or not those that training went on from.
-        """
-        self.folder = pathlib.Path(folder)
-        self.step: int | None = None
-        if not self.folder.is_dir():
-            raise FileNotFoundError(f"no weights: {folder} is not a folder")
-        self.run: dict | None = None
-        self.parent: Origin | None = None
-        if (self.folder / "run.json").exists():
-            self.run = json.loads((self.folder / "run.json").read_text())
-            self.step = Checkpoints(self.folder).latest if step is None else step
-            if self.step is None or not (self.folder / f"checkpoints/{self.step}").exists():
-                which = "finished checkpoint" if step is None else f"checkpoint {step} any more"
-                raise FileNotFoundError(f"no weights: {folder} has no {which}")
-            self.parent = Origin(self.run["init"], step=self.run.get("init_step"))
-            found = self.fingerprint
-            if found != self.run["fingerprint"]:
-                raise ValueError(
-                    f"{self.folder} was trained on weights {self.run['fingerprint'][:12]}, but "
-                    f"{self.backbones_folder} holds {found[:12]}"
-                )
-        elif not (self.folder / "wemmu.json").exists():
-            raise FileNotFoundError(
-                f"no weights: {folder} is neither a converted folder (wemmu.json) nor a training workdir "
-                "(run.json)"
-            )
-
-    @property
-    def backbones_folder(self) -> pathlib.Path:
-        """The converted folder at the root."""
-        return self.folder if self.parent is None else self.parent.backbones_folder
-
-    @functools.cached_property
-    def backbones(self) -> Weights:
-        """The converted weights at the root."""
-        return Weights.open(self.backbones_folder)
-
-    @property
-    def fingerprint(self) -> str:
-        """The same for the same weights at the root: the backbones', and a bridge's that was converted with them."""
-        if self.parent is not None:
-            return self.parent.fingerprint
-        found = self.backbones.fingerprint
-        if not self._converted_bridge.exists():
-            return found
-        return hashlib.sha256((found + sha256_of(self._converted_bridge)).encode()).hexdigest()
-
-    @property
-    def bridge(self) -> dict | None:
-        """The bridge config that was trained, None before any training."""
-        if self.run is not None:
-            return self.run["bridge"]
-        if not self._converted_bridge.exists():
-            return None
-        return read_bridge_config(self._converted_bridge).to_dict()
-
-    @property
-    def _converted_bridge(self) -> pathlib.Path:
-        return self.folder / BRIDGE_FILE
-
-    def described(self) -> dict:
-        """What a run that starts here writes down about it."""
-        return {
-            "init": str(self.folder.absolute()),
-            "init_step": self.step,
-            "fingerprint": self.fingerprint,
-        }
-
-    def trained(self, sharding: Sharding = None) -> dict[str, jax.Array]:
-        """Path -> leaf of everything that training changed so far; a later stage goes over an earlier one. Where the
-        root was converted with a bridge, that is where it begins."""
-        if self.parent is None:
-            file = self._converted_bridge
-            return load_bridge_leaves(file, sharding) if file.exists() else {}
-        own = Checkpoints(self.folder).params(self.step, sharding)
-        return {**self.parent.trained(sharding), **flatten(own)}
-
-    def load(self, *, dtype: Callable[[str], jnp.dtype], sharding: Sharding = None) -> dict:
-        """The whole tree, trained leaves laid over the backbones.
-
-        Args:
-          dtype: path -> the type that the leaf is wanted in.
-          sharding: as in `Weights.load`; every host reads only its own shards.
-        """
-        trained = self.trained(sharding)
-        weights = self.backbones
-        flat = {
-            path: weights.load_leaf(path, dtype=dtype(path), sharding=sharding)
-            for path in weights.specs
-            if path not in trained
-        }
-        cast = {path: leaf.astype(dtype(path)) for path, leaf in trained.items()}
-        return nest({**flat, **cast})

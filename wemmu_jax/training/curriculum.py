@@ -10,11 +10,14 @@ import importlib.util
 import json
 import math
 import pathlib
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
 import ml_collections
 
+from wemmu_jax.data.pools import LEAST_WEIGHT
+from wemmu_jax.data.tasks import Task
 from wemmu_jax.diffusion.flow import TimeLaw
 from wemmu_jax.models.wemmu.config import BridgeConfig
 from wemmu_jax.training.optimizer import FreezeRule, OptimizerConfig
@@ -36,6 +39,14 @@ class DType(enum.StrEnum):
 
     BFLOAT16 = "bfloat16"
     FLOAT32 = "float32"
+
+
+class Remat(enum.StrEnum):
+    """What the backward pass recomputes, see `wemmu_jax.ops.remat`."""
+
+    NONE = "none"
+    FULL = "full"
+    DOTS = "dots"
 
 
 _Choice = TypeVar("_Choice", bound=enum.StrEnum)
@@ -114,15 +125,12 @@ def load_config(spec: str, overrides: dict[str, Any] | None = None) -> ml_collec
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: the file has no such stage, a key does not exist, or a value has the wrong type.
+      ValueError: the file is no config or has no such stage, a key does not exist, or a value has the wrong type.
     """
     path, _, stage = spec.partition(":")
     if not pathlib.Path(path).is_file():
         raise FileNotFoundError(f"no config file {path}; expected FILE.py:STAGE")
-    found = importlib.util.spec_from_file_location("wemmu_config", path)
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    config = module.get_config(stage)
+    config = _config_of_file(path, stage)
     for key, value in (overrides or {}).items():
         try:
             old = _lookup(config, key)
@@ -130,8 +138,26 @@ def load_config(spec: str, overrides: dict[str, Any] | None = None) -> ml_collec
         except (KeyError, AttributeError) as error:
             hint = str(error.args[0]).rpartition("\n")[2]  # ConfigDict's own: did you mean ...?
             raise ValueError(f"{spec} has no key {key!r}: {hint}") from None
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{spec}: {key}={value!r} does not fit: {error}") from None
+    return config
+
+
+def _config_of_file(path: str, stage: str) -> ml_collections.ConfigDict:
+    found = importlib.util.spec_from_file_location("wemmu_config", path)
+    if found is None:
+        raise ValueError(f"{path} is no config file; expected FILE.py:STAGE")
+    module = importlib.util.module_from_spec(found)
+    try:
+        found.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise ValueError("a config file must define get_config(stage)")
+        config = module.get_config(stage)
+    except Exception as error:  # the file is the user's own, and may raise anything
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"{path}: {kind}{error}") from error
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise ValueError(f"{path}: get_config must return a ConfigDict, found {config!r}")
     return config
 
 
@@ -155,12 +181,103 @@ def _like(old: Any, text: Any) -> Any:
     except json.JSONDecodeError:
         raise ValueError(f"expected {type(old).__name__}") from None
     if isinstance(old, tuple):
+        if not isinstance(value, list):
+            raise ValueError(f"expected a list, found {type(value).__name__}")
         return tuple(value)
     if isinstance(old, float) and type(value) is int:
         return float(value)
     if type(value) is not type(old):
         raise ValueError(f"expected {type(old).__name__}, found {type(value).__name__}")
     return value
+
+
+_Test = Callable[[Any], bool]
+
+
+def _whole(least: int, below: float = math.inf) -> _Test:
+    # By type, because true and false are integers too.
+    return lambda value: type(value) is int and least <= value < below
+
+
+def _number(least: float = 0.0, below: float = math.inf) -> _Test:
+    return lambda value: type(value) in (int, float) and least <= value < below  # never NaN
+
+
+def _above_zero(value: Any) -> bool:
+    return _number()(value) and value > 0
+
+
+def _is_weight(value: Any) -> bool:
+    return _number()(value) and (value == 0 or value >= LEAST_WEIGHT)
+
+
+def _list_of(test: _Test) -> _Test:
+    return lambda value: isinstance(value, list | tuple) and all(map(test, value))
+
+
+def _are_lengths(value: Any) -> bool:
+    return _list_of(_whole(1))(value) and bool(value) and sorted(set(value)) == list(value)
+
+
+def _is_group(value: Any) -> bool:
+    return isinstance(value, Mapping | ml_collections.ConfigDict)
+
+
+def _is_rule(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2
+
+
+_COUNT = (_whole(1), "a whole number above 0")
+_COUNT_OR_ZERO = (_whole(0), "a whole number of at least 0")
+_DATA_SETS = (
+    _list_of(_is_group),
+    'a list of data sets, {"name": ..., "tasks": ..., "type": ..., ...}',
+)
+
+# Key -> whether a value makes sense, and what is expected of it. Keys that are a choice, and what hangs on several
+# keys or on the weights, are looked at where they are used.
+_EXPECTED: dict[str, tuple[_Test, str]] = {
+    "seed": (_whole(0, 2**32), "a whole number of at least 0 and below 2**32"),
+    "data.max_aspect": (_number(1), "a finite number of at least 1"),
+    "data.pad_multiple": _COUNT,
+    "data.text_lengths": (_are_lengths, "a list of increasing whole numbers above 0"),
+    **{
+        f"data.mixture.{task.value}": (
+            _is_weight,
+            f"0 (off) or a finite number of at least {LEAST_WEIGHT}",
+        )
+        for task in Task
+    },
+    "data.sources": _DATA_SETS,
+    "data.held_out": _DATA_SETS,
+    "data.threads": _COUNT_OR_ZERO,
+    "batch.rows": _COUNT,
+    "batch.micro_batches": _COUNT,
+    "optimizer.learning_rate": (_above_zero, "a finite number above 0"),
+    "optimizer.weight_decay": (_number(), "a finite number of at least 0"),
+    "optimizer.clip": (_number(), "0 (off) or a finite number above it"),
+    "optimizer.ema": (_number(0, 1), "0 (off) or a number between 0 and 1"),
+    "loss.contrast": (
+        _number(0, 1),
+        "at least 0 and below 1, or the contrastive loss has no minimum",
+    ),
+    "loss.shift": (_above_zero, "a finite number above 0"),
+    "trainable": (_list_of(_is_rule), "a list of [pattern, true or false]"),
+    "mesh.fsdp": _COUNT,
+    "every.log": _COUNT_OR_ZERO,
+    "every.checkpoint": _COUNT_OR_ZERO,
+    "every.validate": _COUNT_OR_ZERO,
+    "every.sample": _COUNT_OR_ZERO,
+    "keep_checkpoints": _COUNT,
+    "validation_rows": _COUNT,
+}
+
+
+def _check_values(config: ml_collections.ConfigDict) -> None:
+    for key, (makes_sense, expected) in _EXPECTED.items():
+        value = _lookup(config, key)
+        if not makes_sense(value):
+            raise ValueError(f"{key} must be {expected}; found {value!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +288,7 @@ class Stage:
     seed: int
     bridge: BridgeConfig
     dtype: Any
-    remat: str
+    remat: Remat
     rows: int
     micro_batches: int
     optimizer: OptimizerConfig
@@ -190,32 +307,17 @@ class Stage:
     @classmethod
     def from_config(cls, config: ml_collections.ConfigDict) -> "Stage":
         """Raises ValueError naming a field that makes no sense."""
+        _check_values(config)
         fields, loss = config.optimizer, config.loss
         kind = _choice(Loss, "loss.kind", loss.kind)
-        if min(config.batch.rows, config.batch.micro_batches) < 1:
-            raise ValueError(
-                f"batch.rows and batch.micro_batches must be positive, found {config.batch}"
-            )
         if kind is Loss.CONTRASTIVE and config.batch.rows < 2:
             raise ValueError("loss.kind=contrastive needs batch.rows >= 2, found 1")
-        if kind is Loss.CONTRASTIVE and not 0 <= loss.contrast < 1:
-            raise ValueError(
-                f"loss.contrast must be at least 0 and below 1, or the loss has no minimum; found {loss.contrast}"
-            )
-        if not 0 < loss.shift < math.inf:
-            raise ValueError(f"loss.shift must be positive, found {loss.shift}")
-        if not 0 < fields.learning_rate < math.inf:
-            raise ValueError(
-                f"optimizer.learning_rate must be positive, found {fields.learning_rate}"
-            )
-        if not 0 <= fields.ema < 1:
-            raise ValueError(f"optimizer.ema must be 0 (off) or below 1, found {fields.ema}")
         return cls(
             name=config.name,
             seed=config.seed,
             bridge=BridgeConfig.from_dict(config.model.bridge.to_dict()),
             dtype=jnp.dtype(_choice(DType, "model.dtype", config.model.dtype)),
-            remat=config.model.remat,
+            remat=_choice(Remat, "model.remat", config.model.remat),
             rows=config.batch.rows,
             micro_batches=config.batch.micro_batches,
             optimizer=OptimizerConfig(

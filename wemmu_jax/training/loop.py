@@ -17,13 +17,8 @@ import ml_collections
 import numpy as np
 
 from wemmu_jax.data.pipeline import MicroBatch
-from wemmu_jax.training.checkpoints import (
-    Checkpoints,
-    check_workdir,
-    claim_workdir,
-    only_run,
-    write_json,
-)
+from wemmu_jax.files import write_json
+from wemmu_jax.training.checkpoints import Checkpoints, check_workdir, claim_workdir, only_run
 from wemmu_jax.training.metrics import Progress, task_means
 from wemmu_jax.training.run import Run, describe, prepare
 from wemmu_jax.training.samples import draw_samples
@@ -142,8 +137,8 @@ def _run_steps(
     micro_batches = run.data.iterate(
         start * run.stage.micro_batches, workers=threads, prefetch=2 * threads
     )
-    if start == 0:
-        _look(run, state, 0, progress, workdir)
+    # Also after a resume: a run that was stopped at this step has saved it and not looked at it.
+    _look(run, state, start, progress, workdir)
     running: collections.deque[_Outcome] = collections.deque()
     try:
         for step in range(start + 1, steps + 1):
@@ -203,17 +198,20 @@ def _due(step: int, every: int, steps: int) -> bool:
 def _look(
     run: Run, state: TrainState, step: int, progress: Progress, workdir: pathlib.Path
 ) -> None:
-    """Validation losses and sample pictures, when they are due."""
+    """Validation losses and sample pictures, when they are due and not there yet."""
     every, steps = run.config.every, run.stage.optimizer.steps
+    # Several processes may not all see what is there, and must all do the same.
+    alone = jax.process_count() == 1
     if run.held_out is None:
         return
-    if _due(step, every.validate, steps):
+    if _due(step, every.validate, steps) and not (alone and step in progress.validated):
         losses = validate(run, state.params)
         progress.write(step, {f"validation/{task}": loss for task, loss in losses.items()})
         text = "  ".join(f"{task} {loss:.4f}" for task, loss in losses.items())
         print(f"step {step:>6}/{steps}  validation  {text}", flush=True)
-    if _due(step, every.sample, steps):
-        picture = draw_samples(run, state.ema or state.params, workdir / f"samples/{step:06}.png")
+    path = workdir / f"samples/{step:06}.png"
+    if _due(step, every.sample, steps) and not (alone and path.exists()):
+        picture = draw_samples(run, state.ema or state.params, path)
         progress.picture(step, "samples", picture)
 
 

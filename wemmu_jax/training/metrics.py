@@ -1,6 +1,7 @@
 """What a run tells: a line on the terminal, the same numbers in TensorBoard and in `metrics.jsonl`."""
 
 import collections
+import contextlib
 import json
 import pathlib
 import time
@@ -25,12 +26,28 @@ def task_means(tasks: list[str], losses: np.ndarray) -> dict[str, float]:
     return {task: float(np.mean(values)) for task, values in sorted(rows.items())}
 
 
+def _validated(path: pathlib.Path) -> set[int]:
+    """The steps whose validation losses a run has written before; a last line may be half there."""
+    steps = set()
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            if any(name.startswith("validation/") for name in row):
+                steps.add(row["step"])
+    return steps
+
+
 class Progress:
-    """Counts samples and writes metrics. Only the first process writes; the others stay silent."""
+    """Counts samples and writes metrics. Only the first process writes; the others stay silent.
+
+    Attributes:
+      validated: the steps whose validation losses were written when this run began.
+    """
 
     def __init__(self, workdir: pathlib.Path, *, steps: int, batch: int, start: int, writes: bool):
         # What a run that was killed wrote past its last checkpoint is hidden, or steps would come twice.
         folder = str(workdir / "tensorboard")
+        self.validated = _validated(workdir / "metrics.jsonl")
         self._writer = SummaryWriter(folder, purge_step=start + 1) if writes else None
         self._lines = (workdir / "metrics.jsonl").open("a") if writes else None
         self._steps, self._batch = steps, batch
@@ -42,7 +59,7 @@ class Progress:
         (first, began), (last, now) = self._window[0], self._window[-1]
         speed = (last - first) / max(now - began, 1e-9)
         left = (self._steps - step) / speed if speed else float("inf")
-        values = {**values, "samples_per_second": speed * self._batch}
+        values = {**values, "samples_per_second": speed * self._batch, "seconds_left": left}
         self.write(step, {f"train/{name}": value for name, value in values.items()})
         if line and self._writer:
             print(

@@ -12,10 +12,25 @@ from wemmu_jax.conversion.memory import flatten, nest
 
 @dataclasses.dataclass(frozen=True)
 class FreezeRule:
-    """Paths that match `pattern` (a regex for `re.match`) learn, or stay as they are."""
+    """Paths that match `pattern` (a regex for `re.match`) learn, or stay as they are.
+
+    Raises:
+      ValueError: the pattern is no regex, or `trainable` is neither True nor False.
+    """
 
     pattern: str
     trainable: bool
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.pattern)
+        except (re.error, TypeError) as error:
+            raise ValueError(f"trainable: {self.pattern!r} is no regex: {error}") from error
+        # A text such as "false" would count as true.
+        if not isinstance(self.trainable, bool):
+            raise ValueError(
+                f"trainable: {self.pattern!r} must have true or false; found {self.trainable!r}"
+            )
 
 
 def _rule(path: str, table: Sequence[FreezeRule]) -> FreezeRule:

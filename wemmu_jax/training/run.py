@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
 
-from wemmu_jax.conversion.memory import flatten
+from wemmu_jax.conversion.memory import flatten, nest
 from wemmu_jax.data.buckets import Bucket, make_buckets
 from wemmu_jax.data.pipeline import MicroBatch, MicroBatches
 from wemmu_jax.data.sources import build_feeds
@@ -21,11 +21,13 @@ from wemmu_jax.rng import Stream, stream_key
 from wemmu_jax.sharding.mesh import check_rows, make_mesh
 from wemmu_jax.sharding.rules import parameter_shardings
 from wemmu_jax.training.batch import TrainBatch, on_devices, train_batch
-from wemmu_jax.training.checkpoints import Origin, differences
+from wemmu_jax.training.checkpoints import differences
 from wemmu_jax.training.curriculum import Stage
 from wemmu_jax.training.optimizer import count_parameters, learns, split
+from wemmu_jax.training.origin import Origin
 from wemmu_jax.training.step import Trainer
 
+EXPERT_FROM = ("vlm/text/layers/", "vlm/text/norm/")  # what the generation expert starts from
 BRIDGE = {"expert", "vae_branch", "queries", "position_mlp"}
 
 
@@ -81,6 +83,7 @@ def prepare(config: ml_collections.ConfigDict) -> Run:
         dtype=stage.dtype,
         remat=stage.remat,
     )
+    origin.check(model)
     mesh = make_mesh(fsdp=min(config.mesh.fsdp, jax.device_count()))
     check_rows(stage.rows, mesh)
     if config.data.held_out:
@@ -151,10 +154,19 @@ def _weights(origin: Origin, model: WeMMUModel, stage: Stage, mesh: Mesh) -> tup
 
     params = origin.load(dtype=dtype, sharding=sharding)
     if origin.bridge is None:
+        # As they are stored: the frozen tree may be rounded to the compute type.
+        below = [path for path in origin.backbones.specs if path.startswith(EXPERT_FROM)]
+        text = nest(
+            {
+                path.removeprefix("vlm/text/"): origin.backbones.load_leaf(
+                    path, dtype=jnp.float32, sharding=sharding
+                )
+                for path in below
+            }
+        )
         key = stream_key(stage.seed, Stream.INIT)
-        shapes = jax.eval_shape(model.init_bridge, key, params["vlm"]["text"])
-        init = jax.jit(model.init_bridge, out_shardings=parameter_shardings(shapes, mesh))
-        params |= init(key, params["vlm"]["text"])
+        shapes = parameter_shardings(jax.eval_shape(model.init_bridge, key, text), mesh)
+        params |= jax.jit(model.init_bridge, out_shardings=shapes, donate_argnums=1)(key, text)
     trainable, frozen = split(params, stage.trainable)
     if origin.bridge is None and (never := BRIDGE & frozen.keys()):
         raise ValueError(

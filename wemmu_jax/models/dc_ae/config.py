@@ -3,6 +3,7 @@
 import dataclasses
 import enum
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -122,12 +123,17 @@ class DCAEConfig:
             values = found if isinstance(found, list | tuple) and found else [found]
             if any(_lower(value) != expected for value in values):
                 raise ValueError(f"DC-AE config: {key}: expected {expected!r}, found {found!r}")
+        factor = config["scaling_factor"]
+        if type(factor) not in (int, float) or not 0 < factor < math.inf:
+            raise ValueError(
+                f"DC-AE config: scaling_factor: expected a number above 0, found {factor!r}"
+            )
         return cls(
             encoder=_stages(config, "encoder"),
             decoder=_stages(config, "decoder"),
-            latent_channels=config["latent_channels"],
-            head_dim=config["attention_head_dim"],
-            scaling_factor=config["scaling_factor"],
+            latent_channels=_size(config, "latent_channels"),
+            head_dim=_size(config, "attention_head_dim"),
+            scaling_factor=factor,
         )
 
 
@@ -135,8 +141,23 @@ def _lower(value: Any) -> Any:
     return value.lower() if isinstance(value, str) else value
 
 
+def _size(config: Mapping[str, Any], key: str) -> int:
+    [size] = _sizes(key, [config[key]])
+    return size
+
+
+def _sizes(key: str, values: Any, *, least: int = 1) -> Sequence[int]:
+    """`values` themselves, a list of whole numbers from `least` on."""
+    is_list = isinstance(values, list | tuple)
+    if not is_list or not all(type(value) is int and value >= least for value in values):
+        raise ValueError(
+            f"DC-AE config: {key}: expected whole numbers of at least {least}, found {values!r}"
+        )
+    return values
+
+
 def _stages(config: Mapping[str, Any], side: str) -> tuple[Stage, ...]:
-    widths = config[f"{side}_block_out_channels"]
+    widths = _sizes(f"{side}_block_out_channels", config[f"{side}_block_out_channels"])
     kinds = config[f"{side}_block_types"]
     if isinstance(kinds, str):
         kinds = [kinds] * len(widths)
@@ -146,11 +167,12 @@ def _stages(config: Mapping[str, Any], side: str) -> tuple[Stage, ...]:
         "qkv_multiscales": config[f"{side}_qkv_multiscales"],
     }
     for key, column in columns.items():
-        if len(column) != len(widths):
+        if not isinstance(column, list | tuple) or len(column) != len(widths):
             raise ValueError(
                 f"DC-AE config: {side}_{key}: expected one value for each of the {len(widths)} stages, "
-                f"found {list(column)}"
+                f"found {column!r}"
             )
+    _sizes(f"{side}_layers_per_block", columns["layers_per_block"], least=0)
     stages = []
     for width, layers, kind, scales in zip(widths, *columns.values(), strict=True):
         known = [k.value for k in BlockKind]
@@ -158,6 +180,7 @@ def _stages(config: Mapping[str, Any], side: str) -> tuple[Stage, ...]:
             raise ValueError(
                 f"DC-AE config: {side}_block_types: expected one of {known}, found {kind!r}"
             )
+        _sizes(f"{side}_qkv_multiscales", scales)
         kernel_sizes = tuple(scales) if BlockKind(kind) is BlockKind.EFFICIENT_VIT else ()
         stages.append(Stage(width, layers, BlockKind(kind), kernel_sizes))
     return tuple(stages)

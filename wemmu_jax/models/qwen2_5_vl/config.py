@@ -1,10 +1,12 @@
 """Configuration of Qwen2.5-VL: what a Hugging Face `config.json` says, checked and frozen."""
 
 import dataclasses
-import json
+import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from wemmu_jax.files import read_object
 
 # Both are constants of the architecture, which the published configs leave out.
 VISION_ROPE_THETA = 10_000.0
@@ -62,8 +64,8 @@ class VisionConfig:
                 f"vision_config.window_size: expected at least {self.unit} pixels (one merged token), "
                 f"found {self.window_size}"
             )
-        outside = [i for i in self.fullatt_block_indexes if not 0 <= i < self.depth]
-        if outside:
+        layers = range(self.depth)
+        if outside := [i for i in self.fullatt_block_indexes if i not in layers]:
             raise ValueError(
                 f"vision_config.fullatt_block_indexes: expected layers 0 to {self.depth - 1}, "
                 f"found {outside}"
@@ -119,7 +121,8 @@ class TextConfig:
         )
         _check_equal("head_dim", self.hidden_size // heads, self.head_dim)
         sections = self.mrope_section
-        if len(sections) != 3 or 2 * sum(sections) != self.head_dim:
+        whole = all(_is_whole(section) for section in sections)
+        if not whole or len(sections) != 3 or 2 * sum(sections) != self.head_dim:
             raise ValueError(
                 f"mrope_section: expected three numbers that add up to {self.head_dim / 2:g} "
                 f"(half the head width), found {list(sections)}"
@@ -153,14 +156,19 @@ class Qwen25VLConfig:
         """
         _check_equal("model_type", "qwen2_5_vl", config.get("model_type"))
         # `from_pretrained` of transformers prefers the nested form too, if both are there.
-        text = config.get("text_config") or config
+        text = _object(config, "text_config") or config
         tied = config.get("tie_word_embeddings", False) or text.get("tie_word_embeddings", False)
         eos = _get(text, "eos_token_id", config)
+        eos = eos if isinstance(eos, list) else [eos]
+        ids = {name: _get(config, name) for name in _TOKEN_IDS}
+        for key, value in [*ids.items(), *(("eos_token_id", end) for end in eos)]:
+            if not _is_whole(value):
+                raise ValueError(f"{key}: expected a token's id, found {value!r}")
         return cls(
             text=_text_from_hf(text, tie_word_embeddings=bool(tied)),
-            vision=_vision_from_hf(_get(config, "vision_config")),
-            eos_token_ids=(eos,) if isinstance(eos, int) else tuple(eos),
-            **{name: _get(config, name) for name in _TOKEN_IDS},
+            vision=_vision_from_hf(_object(config, "vision_config")),
+            eos_token_ids=tuple(eos),
+            **ids,
         )
 
     @classmethod
@@ -171,10 +179,15 @@ class Qwen25VLConfig:
           FileNotFoundError: there is none.
           ValueError: as `from_hf`, with the file's name.
         """
+        config = read_object(path)
         try:
-            return cls.from_hf(json.loads(pathlib.Path(path).read_text()))
+            return cls.from_hf(config)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _check_equal(key: str, expected, found) -> None:
@@ -194,22 +207,52 @@ def _get(config: Mapping[str, Any], key: str, *fallbacks: Mapping[str, Any], pre
     raise ValueError(f"{prefix}{key}: expected in the configuration, not found")
 
 
+def _object(config: Mapping[str, Any], key: str, *, prefix: str = "") -> Mapping[str, Any]:
+    """The object under `key`; empty where there is none."""
+    value = config.get(key) or {}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{prefix}{key}: expected an object, found {value!r}")
+    return value
+
+
+def _list(config: Mapping[str, Any], key: str, *, prefix: str = "") -> tuple:
+    value = _get(config, key, prefix=prefix)
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"{prefix}{key}: expected a list, found {value!r}")
+    return tuple(value)
+
+
+def _sizes(config: Mapping[str, Any], names: Iterable[str], *, prefix: str = "") -> dict[str, int]:
+    sizes = {name: _get(config, name, prefix=prefix) for name in names}
+    for name, size in sizes.items():
+        if not _is_whole(size) or size < 1:
+            raise ValueError(f"{prefix}{name}: expected one whole number above 0, found {size!r}")
+    return sizes
+
+
+def _positive(key: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"{key}: expected a number above 0, found {value!r}")
+    return float(value)
+
+
 def _text_from_hf(text: Mapping[str, Any], *, tie_word_embeddings: bool) -> TextConfig:
     _check_equal("hidden_act", "silu", _get(text, "hidden_act"))
     _check_equal("use_sliding_window", False, text.get("use_sliding_window") or False)
-    sliding = [kind for kind in text.get("layer_types") or [] if kind != "full_attention"]
+    kinds = _list(text, "layer_types") if text.get("layer_types") else ()
+    sliding = [kind for kind in kinds if kind != "full_attention"]
     _check_equal("layer_types other than full_attention", [], sliding)
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    rope = _object(text, "rope_parameters") or _object(text, "rope_scaling")
     kind = rope.get("rope_type") or rope.get("type")
     if kind not in ("mrope", "default"):
         raise ValueError(f"rope_scaling: expected type 'mrope' or 'default', found {kind!r}")
-    heads = _get(text, "num_attention_heads")
+    sizes = _sizes(text, _TEXT_FIELDS)
     return TextConfig(
-        **{name: _get(text, name) for name in _TEXT_FIELDS},
-        head_dim=text.get("head_dim") or text["hidden_size"] // max(heads, 1),
-        rms_norm_eps=float(_get(text, "rms_norm_eps")),
-        rope_theta=float(_get(rope, "rope_theta", text)),
-        mrope_section=tuple(_get(rope, "mrope_section")),
+        **sizes,
+        head_dim=text.get("head_dim") or sizes["hidden_size"] // sizes["num_attention_heads"],
+        rms_norm_eps=_positive("rms_norm_eps", _get(text, "rms_norm_eps")),
+        rope_theta=_positive("rope_theta", _get(rope, "rope_theta", text)),
+        mrope_section=_list(rope, "mrope_section"),
         tie_word_embeddings=tie_word_embeddings,
     )
 
@@ -220,14 +263,11 @@ def _vision_from_hf(vision: Mapping[str, Any]) -> VisionConfig:
         # The published files say `in_chans`; transformers reads and writes `in_channels`.
         vision = {**vision, "in_channels": vision["in_chans"]}
     _check_equal(f"{prefix}hidden_act", "silu", _get(vision, "hidden_act", prefix=prefix))
-    rope = vision.get("rope_parameters") or {"rope_theta": VISION_ROPE_THETA}
+    rope = _object(vision, "rope_parameters", prefix=prefix) or {"rope_theta": VISION_ROPE_THETA}
     _check_equal(f"{prefix}rope_theta", VISION_ROPE_THETA, rope.get("rope_theta"))
-    fields = {name: _get(vision, name, prefix=prefix) for name in _VISION_FIELDS}
-    for name, value in fields.items():
-        if not isinstance(value, int):
-            raise ValueError(f"{prefix}{name}: expected one whole number, found {value!r}")
-    full = _get(vision, "fullatt_block_indexes", prefix=prefix)
-    return VisionConfig(**fields, fullatt_block_indexes=tuple(full))
+    sizes = _sizes(vision, _VISION_FIELDS, prefix=prefix)
+    full = _list(vision, "fullatt_block_indexes", prefix=prefix)
+    return VisionConfig(**sizes, fullatt_block_indexes=full)
 
 
 def qwen2_5_vl_3b() -> Qwen25VLConfig:

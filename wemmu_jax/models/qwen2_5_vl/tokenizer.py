@@ -1,6 +1,5 @@
 """The words of Qwen2.5-VL: special tokens, chat template, a checkpoint's tokenizer, a small one of its kind."""
 
-import json
 import pathlib
 from collections.abc import Iterable
 
@@ -8,6 +7,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2Tokenizer
 
+from wemmu_jax.files import read_object
 from wemmu_jax.models.qwen2_5_vl.config import Qwen25VLConfig
 
 END_OF_TEXT = "<|endoftext|>"
@@ -85,15 +85,24 @@ def load_tokenizer(folder: str | pathlib.Path) -> PreTrainedTokenizerBase:
 
     Raises:
       FileNotFoundError: the folder or one of its tokenizer files is missing.
-      ValueError: no chat template, or a special token of Qwen2.5-VL that the tokenizer does not know.
+      ValueError: a damaged file, no chat template, or a special token of Qwen2.5-VL that the tokenizer does not know.
     """
     folder = pathlib.Path(folder)
-    _check_files(folder)
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    files = _tokenizer_files(folder)
+    for file in (*files, folder / "config.json"):  # transformers looks into that one too
+        if file.suffix == ".json" and file.is_file():
+            read_object(file)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (
+        Exception
+    ) as error:  # transformers and tokenizers raise nearly anything on files like these
+        named = " or ".join(map(str, files))
+        raise ValueError(f"{named}: no tokenizer ({type(error).__name__}: {error})") from error
     # The processor's own file goes before the tokenizer's template, as in `ProcessorMixin` of transformers.
     legacy = folder / "chat_template.json"
     if legacy.is_file():
-        tokenizer.chat_template = _read_json(legacy).get("chat_template")
+        tokenizer.chat_template = read_object(legacy).get("chat_template")
     if not tokenizer.chat_template:
         raise ValueError(
             f"{folder}: expected a chat template in chat_template.jinja, chat_template.json or "
@@ -144,10 +153,13 @@ def stop_ids(folder: str | pathlib.Path, *, default: tuple[int, ...]) -> tuple[i
     """The tokens that end an answer, as `generation_config.json` names them; `default` where there is no such file
     or it names none, as in `generate` of transformers."""
     path = pathlib.Path(folder) / "generation_config.json"
-    ids = _read_json(path).get("eos_token_id") if path.is_file() else None
+    ids = read_object(path).get("eos_token_id") if path.is_file() else None
     if ids is None:
         return default
-    return (ids,) if isinstance(ids, int) else tuple(ids)
+    ids = ids if isinstance(ids, list) else [ids]
+    if not all(type(one) is int for one in ids):
+        raise ValueError(f"{path}: eos_token_id: expected token ids, found {ids}")
+    return tuple(ids)
 
 
 def train_tokenizer(
@@ -204,20 +216,17 @@ def byte_level_bpe(model: models.BPE) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def _check_files(folder: pathlib.Path) -> None:
+def _tokenizer_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The files that the tokenizer will be read from; raises FileNotFoundError naming all that are missing."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: expected a checkpoint folder, found none")
     found = {path.name for path in folder.iterdir()}
+    words = ("tokenizer.json",) if "tokenizer.json" in found else ("vocab.json", "merges.txt")
+    missing = []
     if "tokenizer_config.json" not in found:
-        raise FileNotFoundError(f"{folder}: expected a tokenizer_config.json, found none")
-    if "tokenizer.json" not in found and not {"vocab.json", "merges.txt"} <= found:
-        raise FileNotFoundError(
-            f"{folder}: expected tokenizer.json, or vocab.json and merges.txt; found neither"
-        )
-
-
-def _read_json(path: pathlib.Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON: {error}") from error
+        missing.append("a tokenizer_config.json, found none")
+    if not found.issuperset(words):
+        missing.append("tokenizer.json, or vocab.json and merges.txt, found neither")
+    if missing:
+        raise FileNotFoundError(f"{folder}: expected {'; expected '.join(missing)}")
+    return [folder / name for name in ("tokenizer_config.json", *words)]

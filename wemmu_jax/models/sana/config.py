@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 from collections.abc import Mapping
 
@@ -70,10 +71,10 @@ class SanaConfig:
     def __post_init__(self):
         for name in _SIZES:
             size = getattr(self, name)
-            _check(name, isinstance(size, int) and size > 0, "a whole number above 0", size)
+            _check(name, type(size) is int and size > 0, "a whole number above 0", size)
         for name in _NUMBERS:
             number = getattr(self, name)
-            good = isinstance(number, int | float) and number > 0
+            good = type(number) in (int, float) and 0 < number < math.inf
             _check(name, good, "a number above 0", number)
 
     @property
@@ -111,7 +112,7 @@ class SanaConfig:
             found = hf.get(key, expected)
             _check(key, found == expected, repr(expected), found)
         qk_norm = hf.get("qk_norm")
-        _check("qk_norm", qk_norm in _QK_NORMS, " or ".join(map(repr, _QK_NORMS)), qk_norm)
+        _check("qk_norm", qk_norm in list(_QK_NORMS), " or ".join(map(repr, _QK_NORMS)), qk_norm)
         sizes = {key: hf[key] for key in (*_SIZES, *_NUMBERS)}
         config = cls(**sizes, qk_norm=_QK_NORMS[qk_norm])
         found = hf["cross_attention_dim"]

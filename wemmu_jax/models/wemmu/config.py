@@ -2,10 +2,11 @@
 
 import dataclasses
 import enum
-import json
+import math
 import pathlib
 from typing import Any
 
+from wemmu_jax.files import read_object
 from wemmu_jax.models.dc_ae.config import DCAEConfig
 from wemmu_jax.models.qwen2_5_vl.config import Qwen25VLConfig
 from wemmu_jax.models.sana.config import SanaConfig
@@ -55,6 +56,9 @@ class BridgeConfig:
       position_mlp_hidden: hidden width of the Position MLP (Table 1).
       connector_heads: heads of the Simple ViT connectors.
       distillation: weight of the cosine loss of `vit_6_distilled`.
+
+    Raises:
+      ValueError: a size is not positive, or the weight is negative or not finite.
     """
 
     queries: QueryKind = QueryKind.NOISY
@@ -65,6 +69,19 @@ class BridgeConfig:
     position_mlp_hidden: int = 16384
     connector_heads: int = 16
     distillation: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("fixed_grid", "max_grid", "position_mlp_hidden", "connector_heads"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(
+                    f"bridge config: {name} must be a whole number above 0; found {value!r}"
+                )
+        weight = self.distillation
+        if type(weight) not in (int, float) or not 0 <= weight < math.inf:
+            raise ValueError(
+                f"bridge config: distillation must be a finite number of at least 0; found {weight!r}"
+            )
 
     @property
     def vae_in_prompt(self) -> bool:
@@ -121,14 +138,10 @@ class WeMMUConfig:
         cls, vlm: pathlib.Path, sana: pathlib.Path, bridge: BridgeConfig
     ) -> "WeMMUConfig":
         """The same from the folder of a Qwen2.5-VL and that of a Sana pipeline."""
-
-        def read(file: pathlib.Path) -> dict[str, Any]:
-            return json.loads(file.read_text())
-
         return cls(
-            vlm=Qwen25VLConfig.from_hf(read(vlm / "config.json")),
-            dit=SanaConfig.from_hf(read(sana / "transformer/config.json")),
-            dc_ae=DCAEConfig.from_hf(read(sana / "vae/config.json")),
+            vlm=Qwen25VLConfig.from_hf(read_object(vlm / "config.json")),
+            dit=SanaConfig.from_hf(read_object(sana / "transformer/config.json")),
+            dc_ae=DCAEConfig.from_hf(read_object(sana / "vae/config.json")),
             bridge=bridge,
         )
 

@@ -4,12 +4,14 @@ n source pictures, S source tokens, L prompt tokens.
 """
 
 import dataclasses
-import json
+import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
+from wemmu_jax.files import read_object
 from wemmu_jax.models.qwen2_5_vl.images import pack_images, patchify, slots_needed
 from wemmu_jax.models.qwen2_5_vl.prompt import PromptEncoder
 from wemmu_jax.models.wemmu.batch import PackedImages, PromptBatch
@@ -67,16 +69,15 @@ class RowEncoder:
 
     @classmethod
     def load(cls, folder: str | pathlib.Path, config: WeMMUConfig) -> "RowEncoder":
-        """Reads tokenizer and normalisation of the VLM from a converted folder."""
+        """Reads tokenizer and normalisation of the VLM from a converted folder.
+
+        Raises:
+          FileNotFoundError: a file is missing.
+          ValueError: a file is damaged, or the tokenizer is not the model's.
+        """
         vlm = pathlib.Path(folder) / "vlm"
-        settings = json.loads((vlm / "preprocessor_config.json").read_text())
-        return cls(
-            config=config,
-            prompts=PromptEncoder.load(vlm),
-            mean=tuple(settings["image_mean"]),
-            std=tuple(settings["image_std"]),
-            pixel_limits=_pixel_limits(vlm / "preprocessor_config.json", settings),
-        )
+        preprocessing = read_preprocessing(vlm / "preprocessor_config.json")
+        return cls(config=config, prompts=PromptEncoder.load(vlm), **preprocessing)
 
     def sized(self, grids: Sequence[tuple[int, int]], *, multiple: int) -> "RowEncoder":
         """The same with the paddings that sources and queries on `grids` need."""
@@ -92,7 +93,14 @@ class RowEncoder:
         """L of a micro-batch with `sources` pictures a row and texts of at most `text_length` tokens."""
         return self.shapes.prompt_length(text_length, sources, vae_in_prompt=self.vae_in_prompt)
 
-    def prompt(self, text: str, grids: Sequence[tuple[int, int]], *, overflow: str):
+    def prompt(
+        self,
+        text: str,
+        grids: Sequence[tuple[int, int]],
+        *,
+        overflow: str,
+        limit: int = TEXT_LIMIT,
+    ):
         """The request's prompt: pictures, text, the assistant's header and the opening of a picture."""
         return self.prompts.encode_user(
             text,
@@ -100,7 +108,7 @@ class RowEncoder:
             vae_tokens=self.vae_in_prompt,
             source_tokens=self.shapes.tokens,
             open_image=True,
-            limit=TEXT_LIMIT,
+            limit=limit,
             overflow=overflow,
         )
 
@@ -146,7 +154,7 @@ class RowEncoder:
         """One training row: the prompt, the sources on the bucket's grid, the target at the bucket's size."""
         grid = self.config.source_grid(bucket.height, bucket.width)
         count = len(example.sources)
-        prompt = self._cut_prompt(example.text, (grid,) * count)
+        prompt = self._cut_prompt(example.text, (grid,) * count, limit=text_length)
         row = self.prompt_row(prompt, text_length=text_length, sources=count)
         row["cut"] = np.int32(prompt.cut)
         row["target"] = example.target.load(bucket.height, bucket.width)
@@ -157,19 +165,65 @@ class RowEncoder:
             row["source_pixels"] = np.stack([source.load(*vae_size) for source in example.sources])
         return row
 
-    def _cut_prompt(self, text: str, grids: tuple[tuple[int, int], ...]):
-        return self.prompt(text, grids, overflow="cut")
+    def _cut_prompt(self, text: str, grids: tuple[tuple[int, int], ...], limit: int = TEXT_LIMIT):
+        return self.prompt(text, grids, overflow="cut", limit=min(limit, TEXT_LIMIT))
 
 
-def _pixel_limits(path: pathlib.Path, settings: dict) -> tuple[int, int]:
+def read_preprocessing(file: pathlib.Path) -> dict[str, tuple]:
+    """`mean`, `std` and `pixel_limits` of a `RowEncoder`, from a `preprocessor_config.json`.
+
+    Raises:
+      FileNotFoundError: it is missing.
+      ValueError: one of them is not in it or cannot be; names file and key.
+    """
+    settings = read_object(file)
+    try:
+        mean, std = _channels(settings, "image_mean"), _channels(settings, "image_std")
+        if min(std) <= 0:
+            raise ValueError(f"image_std: expected numbers above 0, found {list(std)}")
+        return {"mean": mean, "std": std, "pixel_limits": _pixel_limits(settings)}
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def read_sample_size(file: pathlib.Path) -> int:
+    """Side in latents of the pictures that a DiT was made for, from diffusers' `transformer/config.json`.
+
+    Raises:
+      FileNotFoundError: it is missing.
+      ValueError: it does not say; names file and key.
+    """
+    size = read_object(file).get("sample_size")
+    if type(size) is not int or size < 1:
+        raise ValueError(f"{file}: sample_size: expected a whole number above 0, found {size!r}")
+    return size
+
+
+def _channels(settings: Mapping[str, Any], key: str) -> tuple[float, ...]:
+    values = settings.get(key)
+    if not isinstance(values, list) or len(values) != 3 or not all(map(_is_number, values)):
+        raise ValueError(f"{key}: expected three numbers, found {values!r}")
+    return tuple(values)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _pixel_limits(settings: Mapping[str, Any]) -> tuple[int, int]:
     """Published configs name `min_pixels` and `max_pixels`; those that transformers 5 writes have `size` instead."""
-    size = settings.get("size", {})
+    size = settings.get("size")
+    size = size if isinstance(size, dict) else {}
     limits = (
         settings.get("min_pixels", size.get("shortest_edge")),
         settings.get("max_pixels", size.get("longest_edge")),
     )
     if None in limits:
-        raise ValueError(f"{path}: neither min_pixels and max_pixels nor size with both edges")
+        raise ValueError("neither min_pixels and max_pixels nor size with both edges")
+    if not all(type(limit) is int for limit in limits) or not 1 <= limits[0] <= limits[1]:
+        raise ValueError(
+            f"min_pixels and max_pixels: expected two rising whole numbers, found {list(limits)}"
+        )
     return limits
 
 

@@ -1,0 +1,31 @@
+"""JSON files, read with errors that name them and written in one step."""
+
+import json
+import os
+import pathlib
+from typing import Any
+
+
+def read_object(file: str | pathlib.Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+      FileNotFoundError: the file is missing.
+      ValueError: it holds something else; names the file.
+    """
+    try:
+        value = json.loads(pathlib.Path(file).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file}: missing") from None
+    except (ValueError, RecursionError, OSError) as error:
+        raise ValueError(f"{file}: expected JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{file}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def write_json(path: pathlib.Path, value: dict) -> None:
+    """Writes a file in one step, so that it is never seen half there."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=2, default=str) + "\n")
+    os.replace(partial, path)
