@@ -10,6 +10,7 @@ from PIL import Image
 import wemmu_jax
 from wemmu_jax import WeMMU
 from wemmu_jax.cli.pictures import targets
+from wemmu_jax.training.origin import Origin
 
 FEW = ("--steps", 2)
 
@@ -57,6 +58,7 @@ def test_generate(wemmu, workdir, tmp_path):
         "steps": "2",
         "guidance": "4.0",
         "checkpoint": str(workdir),
+        "weights": Origin(workdir).identity,
         "dtype": "bfloat16",
         "wemmu": wemmu_jax.__version__,
     }
