@@ -107,7 +107,7 @@ def test_each_backbone_takes_two_steps_and_is_written(tmp_path, monkeypatch, cap
     root = tmp_path / "backbones"
     words = ["--out", str(root), "--steps", "2"]
     assert main(["miniworld", "pretrain", "sana", *words, "--workdir", str(tmp_path / "no")]) == 2
-    assert "missing" in capsys.readouterr().err
+    assert "missing; run `wemmu miniworld pretrain vlm` first" in capsys.readouterr().err
     for name in ("vlm", "dc-ae", "sana"):
         workdir = ["--workdir", str(tmp_path / name)]
         assert main(["miniworld", "pretrain", name, *words, *workdir]) == 0
