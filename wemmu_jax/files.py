@@ -3,15 +3,16 @@
 import json
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 
-def read_object(file: str | pathlib.Path) -> dict[str, Any]:
+def read_object(file: str | pathlib.Path, *, keys: Sequence[str] = ()) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
       FileNotFoundError: the file is missing.
-      ValueError: it holds something else; names the file.
+      ValueError: it holds something else, or lacks one of `keys`; names the file.
     """
     try:
         value = json.loads(pathlib.Path(file).read_text(encoding="utf-8"))
@@ -21,6 +22,8 @@ def read_object(file: str | pathlib.Path) -> dict[str, Any]:
         raise ValueError(f"{file}: expected JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{file}: expected a JSON object, found {type(value).__name__}")
+    if missing := [key for key in keys if key not in value]:
+        raise ValueError(f"{file}: damaged: found an object without {', '.join(missing)}")
     return value
 
 

@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _known_init(workdir: pathlib.Path) -> str:
     """What the run in `workdir` started from; empty if there is none."""
-    from wemmu_jax.training.checkpoints import read_json
+    from wemmu_jax.files import read_object
 
     known = workdir / "config.json"
-    return read_json(known, keys=["init"])["init"] if known.is_file() else ""
+    return read_object(known, keys=["init"])["init"] if known.is_file() else ""

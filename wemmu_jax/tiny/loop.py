@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import pathlib
 import sys
 from collections.abc import Callable, Mapping
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from wemmu_jax.files import write_json
+from wemmu_jax.files import read_object, write_json
 from wemmu_jax.rng import Stream, stream_key
 from wemmu_jax.training.checkpoints import Checkpoints, differences, only_run
 from wemmu_jax.training.loop import StopOnSignal
@@ -165,7 +164,7 @@ def _on_this_device(abstract: TrainState) -> TrainState:
 def _claim(workdir: pathlib.Path, described: dict) -> None:
     path = workdir / "recipe.json"
     if path.exists():
-        if other := differences(json.loads(path.read_text()), described):
+        if other := differences(read_object(path), described):
             raise ValueError(f"{workdir} belongs to another recipe:\n  " + "\n  ".join(other))
         return
     workdir.mkdir(parents=True, exist_ok=True)

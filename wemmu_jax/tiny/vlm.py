@@ -115,7 +115,7 @@ def recipe(root: pathlib.Path, *, seed: int, steps: int) -> Recipe:
 
     def loss(params: Mapping, _, batch: Mapping, key: jax.Array):
         losses, right, weights = _token_losses(model, params, batch)
-        answers = weights == 1.0
+        answers = weights == WEIGHTS["assistant"]
         total = jnp.sum(losses * weights) / jnp.sum(weights)
         return total, {"answer_accuracy": jnp.sum(right & answers) / jnp.sum(answers)}
 
@@ -147,7 +147,7 @@ def recipe(root: pathlib.Path, *, seed: int, steps: int) -> Recipe:
 def _right(model: WeMMUModel, params: Mapping, batch: Mapping) -> jax.Array:
     """bool[B]: greedy decoding would give the whole answer, since it is right wherever all before it is right."""
     _, right, weights = _token_losses(model, params, batch)
-    return jnp.all(right | (weights < 1.0), axis=1)
+    return jnp.all(right | (weights < WEIGHTS["assistant"]), axis=1)
 
 
 def _evaluate(data: Conversations, right, params: Mapping) -> dict[str, float]:

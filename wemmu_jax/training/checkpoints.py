@@ -9,7 +9,7 @@ import contextlib
 import fcntl
 import json
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import jax
 import ml_collections
@@ -23,19 +23,6 @@ Sharding = Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding | None] |
 PARAMS, EMA, REST = "params", "ema", "optimizer"
 
 
-def read_json(path: pathlib.Path, *, keys: Sequence[str] = ()) -> dict:
-    """An object out of a file.
-
-    Raises:
-      FileNotFoundError: it is not there.
-      ValueError: it is no JSON object, or lacks one of `keys`.
-    """
-    value = read_object(path)
-    if missing := [key for key in keys if key not in value]:
-        raise ValueError(f"{path}: damaged: found an object without {', '.join(missing)}")
-    return value
-
-
 def check_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
     """Changes nothing.
 
@@ -44,7 +31,7 @@ def check_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> N
     """
     path = workdir / "config.json"
     if path.exists():
-        other = differences(read_json(path), json.loads(config.to_json()))
+        other = differences(read_object(path), json.loads(config.to_json()))
         if other:
             raise ValueError(
                 f"{workdir} belongs to another config:\n  " + "\n  ".join(other) + "\n"
@@ -69,7 +56,7 @@ def claim_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict, run:
     """
     check_workdir(workdir, config)
     if (workdir / "config.json").exists():
-        if other := differences(read_json(workdir / "run.json"), run):
+        if other := differences(read_object(workdir / "run.json"), run):
             raise ValueError(f"{workdir} started from other weights:\n  " + "\n  ".join(other))
         return
     workdir.mkdir(parents=True, exist_ok=True)

@@ -12,8 +12,9 @@ from wemmu_jax.conversion.bridge import BRIDGE_FILE, load_bridge_leaves, read_br
 from wemmu_jax.conversion.memory import flatten, nest
 from wemmu_jax.conversion.safetensors_io import read_header, sha256_of
 from wemmu_jax.conversion.weights import Weights
+from wemmu_jax.files import read_object
 from wemmu_jax.models.wemmu.modeling import WeMMUModel
-from wemmu_jax.training.checkpoints import Checkpoints, Sharding, read_json
+from wemmu_jax.training.checkpoints import Checkpoints, Sharding
 
 _RUN_KEYS = ("init", "init_step", "fingerprint", "bridge")
 
@@ -35,7 +36,7 @@ class Origin:
         self.run: dict | None = None
         self.parent: Origin | None = None
         if (self.folder / "run.json").exists():
-            self.run = read_json(self.folder / "run.json", keys=_RUN_KEYS)
+            self.run = read_object(self.folder / "run.json", keys=_RUN_KEYS)
             self.step = Checkpoints(self.folder).latest if step is None else step
             if self.step is None or not (self.folder / f"checkpoints/{self.step}").exists():
                 which = "finished checkpoint" if step is None else f"checkpoint {step} any more"

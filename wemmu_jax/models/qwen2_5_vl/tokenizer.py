@@ -94,9 +94,7 @@ def load_tokenizer(folder: str | pathlib.Path) -> PreTrainedTokenizerBase:
             read_object(file)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (
-        Exception
-    ) as error:  # transformers and tokenizers raise nearly anything on files like these
+    except Exception as error:  # both libraries raise nearly anything on damaged files
         named = " or ".join(map(str, files))
         raise ValueError(f"{named}: no tokenizer ({type(error).__name__}: {error})") from error
     # The processor's own file goes before the tokenizer's template, as in `ProcessorMixin` of transformers.
