@@ -4,6 +4,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 export JAX_PLATFORMS ?= cpu
+# glibc hands out huge pages: a training step on a CPU takes two thirds of the time, for it touches fresh memory.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .PHONY: test test-all parity demo lint format clean
 

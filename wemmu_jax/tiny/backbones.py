@@ -63,8 +63,8 @@ PREPROCESSOR = {
 
 DIT_CONFIG = {
     "_class_name": "SanaTransformer2DModel",
-    "in_channels": 8,
-    "out_channels": 8,
+    "in_channels": 16,
+    "out_channels": 16,
     "num_attention_heads": 6,
     "attention_head_dim": 32,
     "num_layers": 4,
@@ -87,7 +87,7 @@ _BLOCKS = ["ResBlock", "ResBlock", "ResBlock", "EfficientViTBlock"]
 DC_AE_CONFIG = {
     "_class_name": "AutoencoderDC",
     "in_channels": 3,
-    "latent_channels": 8,
+    "latent_channels": 16,
     "attention_head_dim": 16,
     "encoder_block_types": _BLOCKS,
     "decoder_block_types": _BLOCKS,
