@@ -1,26 +1,23 @@
-"""The evaluation's bookkeeping, with a model whose scores are known: it copies its first source."""
+"""The evaluation's bookkeeping, with models whose scores are known, and what needs no model at all."""
 
 import json
 
+import numpy as np
+import pytest
 from PIL import Image
 
-from wemmu_jax.evaluation.miniworld import evaluate
+from wemmu_jax.evaluation.baselines import baselines
+from wemmu_jax.evaluation.miniworld import DRAWING_TASKS, TASKS, cases, evaluate, show
 
 
 class Copier:
+    """Draws the first source again, or nothing."""
+
     default_size = 64
 
-    def generate(self, prompts, **_):
-        return [Image.new("RGB", (64, 64), "white") for _ in prompts]
-
-    def edit(self, image, instruction, **_):
-        return image
-
-    def reconstruct(self, image, **_):
-        return image
-
-    def compose(self, images, instruction, **_):
-        return images[0]
+    def draw(self, requests, *, size, guidance, seed, steps):
+        blank = Image.new("RGB", size[::-1], "white")
+        return [request.sources[0] if request.sources else blank for request in requests]
 
     def chat(self, question, **_):
         return "no idea"
@@ -36,3 +33,32 @@ def test_a_copier_reconstructs_and_does_nothing_else(tmp_path):
     changes = [grade for grade in grades if grade["task"] in ("S-Edit", "M-Edit")]
     assert changes and all(grade["copied"] and not grade["changed"] for grade in changes)
     assert len(list((tmp_path / "S-Edit").glob("*.png"))) == 2 * (len(scores["S-Edit"]) - 1)
+
+
+def test_only_the_tasks_that_are_asked_for(tmp_path):
+    scores = evaluate(Copier(), tmp_path, count=1, seed=0, steps=1, tasks=("Rec",))
+    assert scores == {"Rec": {"scene": 1.0, "overall": 1.0}}
+
+
+@pytest.mark.parametrize("task", DRAWING_TASKS)
+def test_a_rendered_target_is_right(task):
+    for kind in DRAWING_TASKS[task].kinds:
+        for case in cases(task, kind, count=3, seed=5):
+            grade = case.grade(np.asarray(show(case.target, 48)))
+            assert grade.correct, (kind, case.text, grade.reason)
+
+
+def test_the_first_requests_do_not_depend_on_their_number():
+    few, many = (cases("S-Edit", "move", count=count, seed=1) for count in (2, 4))
+    assert [c.text for c in few] == [c.text for c in many[:2]]
+
+
+def test_baselines():
+    found = baselines(side=48, count=6, seed=0)
+    assert {task for scores in found.values() for task in scores} == set(TASKS)
+    assert found["source copied"]["Rec"]["overall"] == 1.0
+    assert found["source copied"]["S-Edit"]["overall"] == 0.0
+    assert "T2I" not in found["source copied"]
+    assert found["pictures shuffled"]["S-Edit"]["overall"] < 0.2
+    assert found["words ignored"]["S-Edit"]["overall"] < 0.3
+    assert 0.1 < found["picture ignored"]["chat"]["overall"] < 0.8

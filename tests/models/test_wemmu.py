@@ -20,6 +20,7 @@ from wemmu_jax.models.sana.config import SanaConfig
 from wemmu_jax.models.wemmu.config import (
     BridgeConfig,
     Connector,
+    Pathway,
     QueryKind,
     VAEStream,
     WeMMUConfig,
@@ -135,6 +136,38 @@ def test_combination_runs_and_every_leaf_learns(combination):
 @pytest.mark.parametrize("combination", sorted(ALL - COVERING), ids="-".join)
 def test_all_other_combinations_too(combination):
     check_combination(*combination)
+
+
+def test_features_straight_to_the_dit_hear_no_text_and_no_noise():
+    model = model_of(connector=Connector.NONE, pathway=Pathway.VIT)
+    params, grid = fixtures.random_params(model), model.config.query_grid(HEIGHT, WIDTH)
+    assert "expert" not in params and "queries" not in params
+    encoder = fixtures.row_encoder(model.config, (grid,))
+    tokens = encoder.shapes.tokens
+
+    def condition(texts, seed, numbers=NUMBERS):
+        request = fixtures.request(model.config, (grid,), texts, seed=seed)
+        context = model.read(params, *fixtures.pack(encoder, request, text_length=100))
+        noise = noise_of(model, numbers)
+        return model.write(params, context, noise, grid=grid, query_tokens=tokens)
+
+    first = condition(fixtures.TEXTS, seed=0)
+    assert first.valid.sum(axis=1).tolist() == [24, 24] and np.std(first.tokens[:, :24]) > 0.01
+    same = condition(fixtures.TEXTS[::-1], seed=0, numbers=NUMBERS + 5)
+    np.testing.assert_array_equal(first.tokens, same.tokens)
+    other = condition(fixtures.TEXTS, seed=1)
+    assert np.abs(first.tokens - other.tokens)[:, :24].max(axis=-1).min() > 1e-3
+
+    prompt, _ = fixtures.pack(encoder, fixtures.request(model.config, ()), text_length=100)
+    alone = model.write(
+        params, model.read(params, prompt), noise_of(model), grid=grid, query_tokens=tokens
+    )
+    assert np.isfinite(alone.tokens).all()
+    context = model.read(
+        params, *fixtures.pack(encoder, fixtures.request(model.config, (grid, grid)))
+    )
+    with pytest.raises(ValueError, match="24 tokens; found 48"):
+        model.write(params, context, noise_of(model), grid=grid, query_tokens=tokens)
 
 
 def test_remat_changes_nothing():
@@ -381,6 +414,11 @@ def test_bridge_config_there_and_back():
     values = config.to_dict()
     assert values["queries"] == "noisy_scaled" and type(values["vae_stream"]) is str
     assert BridgeConfig.from_dict(values) == config
+
+
+def test_features_straight_to_the_dit_go_with_nothing_else():
+    with pytest.raises(ValueError, match="connector=none; found queries=noisy, connector=linear"):
+        BridgeConfig(pathway=Pathway.VIT)
 
 
 def test_bridge_config_refuses_what_it_does_not_know():

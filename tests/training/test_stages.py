@@ -112,6 +112,32 @@ def test_trained_weights_are_laid_over_the_backbones(stage1, stage2, converted):
     assert {path.split("/")[0] for path in first} == BRIDGE
 
 
+def test_what_is_drawn_anew(stage1, config_of):
+    last = stage1[0].states[STEPS["stage1"]]
+    rules = (("position_mlp/", True), (".*", False))
+    common = {"trainable": rules, "seed": 9}
+    kept = prepare(config_of("stage2", stage1[1], **common))
+    drawn = prepare(config_of("stage2", stage1[1], redrawn=("position_mlp/",), **common))
+    for path, leaf in flatten(kept.trainable).items():
+        assert same_bits(np.array(leaf), last[path])
+    for path, leaf in flatten(drawn.trainable).items():
+        assert leaf.shape == last[path].shape and np.abs(leaf - last[path]).max() > 1e-3
+    old, new = flatten(kept.frozen), flatten(drawn.frozen)
+    assert old.keys() == new.keys() and "expert/norm/scale" in new
+    assert all(same_bits(np.array(old[path]), np.array(new[path])) for path in old)
+
+
+@pytest.mark.parametrize(
+    ("redrawn", "message"),
+    [(("quarries/",), "match no parameter of the bridge"), (("expert/norm",), "are frozen")],
+)
+def test_what_cannot_be_drawn_anew(redrawn, message, stage1, config_of, tmp_path):
+    rules = (("position_mlp/", True), (".*", False))
+    config = config_of("stage2", stage1[1], trainable=rules, redrawn=redrawn)
+    with pytest.raises(ValueError, match=message):
+        prepare(config)
+
+
 # -- what a run tells
 
 

@@ -1,9 +1,12 @@
 """`wemmu evaluate`: draws a benchmark's pictures and scores them."""
 
 import argparse
+import dataclasses
 
 from wemmu_jax.cli.arguments import add_model, add_seed, add_steps, whole
 from wemmu_jax.cli.requests import load_model
+
+BATCH = 16  # pictures drawn at a time
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +23,7 @@ def run(args: argparse.Namespace) -> None:
     """Evaluates, and prints the scores as a table."""
     from wemmu_jax.evaluation.miniworld import evaluate
 
-    model = load_model(args.checkpoint, args.dtype)
+    model = dataclasses.replace(load_model(args.checkpoint, args.dtype), batch_size=BATCH)
     scores = evaluate(model, args.out, count=args.count, seed=args.seed, steps=args.steps)
     rows = _rows(scores)
     width = max((len(name) for name, _ in rows), default=0)

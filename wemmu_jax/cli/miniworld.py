@@ -1,4 +1,4 @@
-"""`wemmu miniworld pretrain`: trains a backbone of the tiny preset."""
+"""`wemmu miniworld`: trains the tiny preset's backbones, and the paper's ablations on them."""
 
 import argparse
 import pathlib
@@ -6,6 +6,17 @@ import pathlib
 from wemmu_jax.cli.arguments import whole
 
 BACKBONES = ("vlm", "dc-ae", "sana")
+STUDIES = (
+    "queries",
+    "collapse",
+    "several",
+    "attention",
+    "connectors",
+    "vit",
+    "stream",
+    "pathway",
+    "losses",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,10 +33,60 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     pretrain.add_argument("--seed", type=whole(0), default=0)
     pretrain.add_argument("--steps", type=whole(2), help="of training; the recipe's own by default")
+    pretrain.set_defaults(act=_pretrain)
+
+    text = "trains and grades what a study of the paper compares; goes on where it was stopped"
+    ablate = actions.add_parser("ablate", help=text, description=text, allow_abbrev=False)
+    ablate.add_argument("study", choices=(*STUDIES, "all"))
+    ablate.add_argument("--out", required=True, type=pathlib.Path, metavar="DIR")
+    ablate.add_argument("--budget", choices=("smoke", "full"), default="smoke")
+    ablate.add_argument(
+        "--backbones", type=pathlib.Path, required=True, metavar="DIR", help="with vlm/ and sana/"
+    )
+    ablate.add_argument(
+        "--processes", type=whole(1), default=1, help="share the cores; 2 on a two-core CPU"
+    )
+    ablate.set_defaults(act=_ablate)
+
+    text = "writes what ablations found into the marked sections of a page"
+    report = actions.add_parser("report", help=text, description=text, allow_abbrev=False)
+    report.add_argument("study", choices=(*STUDIES, "all"))
+    report.add_argument("--out", required=True, type=pathlib.Path, metavar="DIR", help="of ablate")
+    report.add_argument("--budget", choices=("smoke", "full"), default="smoke")
+    report.add_argument("--page", type=pathlib.Path, default=pathlib.Path("docs/miniworld.md"))
+    report.set_defaults(act=_report)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Trains, then writes the backbone as a Hugging Face folder."""
+    """Does what was asked for."""
+    args.act(args)
+
+
+def _pretrain(args: argparse.Namespace) -> None:
     from wemmu_jax.tiny.commands import pretrain_backbone
 
     pretrain_backbone(args.backbone, args.out, args.workdir, seed=args.seed, steps=args.steps)
+
+
+def _ablate(args: argparse.Namespace) -> None:
+    from wemmu_jax.ablations.jobs import Ledger, run_jobs
+    from wemmu_jax.ablations.plan import estimate, jobs
+    from wemmu_jax.training.metrics import clock
+
+    names = STUDIES if args.study == "all" else (args.study,)
+    out = args.out / args.budget
+    todo = jobs(names, budget=args.budget, out=out, backbones=args.backbones)
+    ledger = Ledger(out / "jobs")
+    seconds = estimate(todo, budget=args.budget, ledger=ledger) / args.processes
+    left = sum(ledger.seconds(job.name) is None for job in todo)
+    print(f"{left} of {len(todo)} jobs to do, about {clock(seconds)} on {args.processes} processes")
+    run_jobs(todo, ledger, processes=args.processes, say=lambda text: print(text, flush=True))
+
+
+def _report(args: argparse.Namespace) -> None:
+    from wemmu_jax.ablations.report import Results, report, write
+
+    results = Results(args.out, args.budget, args.page.with_suffix(""))
+    for name in STUDIES if args.study == "all" else (args.study,):
+        write(args.page, name, report(name, results))
+    print(args.page)

@@ -1,33 +1,122 @@
 """Grades a model on held-out miniworld requests: pictures by the scorer, answers by their words."""
 
 import dataclasses
+import functools
 import json
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from PIL import Image
 
+from wemmu_jax.data.prompts import RECONSTRUCTION_PROMPT
+from wemmu_jax.diffusion.guidance import Guidance, edit_guidance, request_guidance
 from wemmu_jax.inference.pipeline import WeMMU
-from wemmu_jax.miniworld import edits, prompts, questions
-from wemmu_jax.miniworld.compositions import draw_composition
-from wemmu_jax.miniworld.edits import draw_edit
-from wemmu_jax.miniworld.prompts import draw_prompt
-from wemmu_jax.miniworld.questions import draw_question
+from wemmu_jax.inference.requests import DrawingRequest
+from wemmu_jax.miniworld import compositions, edits, prompts, questions, scorer
 from wemmu_jax.miniworld.renderer import render
-from wemmu_jax.miniworld.scene import draw_scene
-from wemmu_jax.miniworld.scorer import (
-    score_composition,
-    score_edit,
-    score_prompt,
-    score_reconstruction,
-)
+from wemmu_jax.miniworld.scene import Scene, draw_scene
 
 SPLIT = "held_out"
 Scores = dict[str, dict[str, float]]
 
 
-def evaluate(model: WeMMU, out: str | pathlib.Path, *, count: int, seed: int, steps: int) -> Scores:
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A request for a picture, and who grades the answer.
+
+    Attributes:
+      text: what is asked for.
+      sources: scenes that it is about.
+      target: a scene that is right.
+      grade: uint8[H, W, 3] -> `scorer.Grade`.
+    """
+
+    text: str
+    sources: tuple[Scene, ...]
+    target: Scene
+    grade: Callable[[np.ndarray], scorer.Grade]
+
+
+def _caption_case(rng: np.random.Generator, kind: str) -> Case:
+    prompt, scene = prompts.draw_prompt(rng, SPLIT, kind)
+    grade = functools.partial(scorer.score_prompt, prompt=prompt)
+    return Case(prompt.text, (), scene, grade)
+
+
+def _edit_case(rng: np.random.Generator, kind: str) -> Case:
+    edit = edits.draw_edit(rng, SPLIT, kind)
+    grade = functools.partial(scorer.score_edit, edit=edit)
+    return Case(edit.instruction, (edit.source,), edit.target, grade)
+
+
+def _reconstruction_case(rng: np.random.Generator, kind: str) -> Case:
+    scene = draw_scene(rng, SPLIT)
+    grade = functools.partial(scorer.score_reconstruction, scene=scene)
+    return Case(RECONSTRUCTION_PROMPT, (scene,), scene, grade)
+
+
+def _composition_case(rng: np.random.Generator, kind: str) -> Case:
+    asked = compositions.draw_composition(rng, SPLIT, kind)
+    grade = functools.partial(scorer.score_composition, composition=asked)
+    return Case(asked.instruction, asked.sources, asked.target, grade)
+
+
+@dataclasses.dataclass(frozen=True)
+class DrawingTask:
+    """The kinds of a task, how one of its cases is drawn from a random stream, and the paper's guidance for it."""
+
+    kinds: Sequence[str]
+    case: Callable[[np.random.Generator, str], Case]
+    guidance: Guidance
+
+
+DRAWING_TASKS = {
+    "T2I": DrawingTask(tuple(prompts.CATEGORIES), _caption_case, request_guidance(4.0)),
+    "S-Edit": DrawingTask(tuple(edits.KINDS), _edit_case, edit_guidance(image=2.0, edit=3.0)),
+    "Rec": DrawingTask(("scene",), _reconstruction_case, request_guidance(2.0)),
+    "M-Edit": DrawingTask(tuple(compositions.KINDS), _composition_case, request_guidance(3.0)),
+}
+CHAT = "chat"
+TASKS = (*DRAWING_TASKS, CHAT)
+
+
+def streams(task: str, kind: str, *, count: int, seed: int) -> Iterable[np.random.Generator]:
+    """A random stream for each request: the first of 100 are the first of 10."""
+    words = [ord(letter) for letter in f"{task}/{kind}"]
+    for number in range(count):
+        yield np.random.default_rng([seed, number, *words])
+
+
+def cases(task: str, kind: str, *, count: int, seed: int) -> list[Case]:
+    """The requests of one kind of a drawing task."""
+    return [
+        DRAWING_TASKS[task].case(rng, kind) for rng in streams(task, kind, count=count, seed=seed)
+    ]
+
+
+def asked_questions(kind: str, *, count: int, seed: int) -> list[questions.Question]:
+    """The requests of one kind of question."""
+    return [
+        questions.draw_question(rng, SPLIT, kind)
+        for rng in streams(CHAT, kind, count=count, seed=seed)
+    ]
+
+
+def answers_match(answer: str, right: str) -> bool:
+    """Whether they are the same but for case, blanks and a full stop."""
+    return answer.strip().strip(".").lower() == right.lower()
+
+
+def evaluate(
+    model: WeMMU,
+    out: str | pathlib.Path,
+    *,
+    count: int,
+    seed: int,
+    steps: int,
+    tasks: Sequence[str] = TASKS,
+) -> Scores:
     """Share of right answers for each task and kind.
 
     Args:
@@ -37,110 +126,75 @@ def evaluate(model: WeMMU, out: str | pathlib.Path, *, count: int, seed: int, st
       count: requests of each kind.
       seed: of the requests and of the pictures.
       steps: of the solver.
+      tasks: which of `TASKS`.
 
     Returns:
       task -> kind -> share in [0, 1]; each task has an "overall", the mean over its kinds.
     """
     out = pathlib.Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    grader = _Grader(model, out, seed, steps)
     scores: Scores = {}
     with (out / "grades.jsonl").open("w") as lines:
-        for task, (kinds, grade) in _TASKS.items():
+        for task in tasks:
+            kinds = tuple(questions.KINDS) if task == CHAT else DRAWING_TASKS[task].kinds
             for kind in kinds:
-                grades = list(grade(grader, kind, count))
-                for number, one in enumerate(grades):
-                    row = {"task": task, "kind": kind, "number": number, **one}
+                if task == CHAT:
+                    grades = _answer(model, kind, count=count, seed=seed)
+                else:
+                    grades = _draw(model, out, task, kind, count=count, seed=seed, steps=steps)
+                for number, grade in enumerate(grades):
+                    row = {"task": task, "kind": kind, "number": number, **grade}
                     lines.write(json.dumps(row) + "\n")
                 scores.setdefault(task, {})[kind] = float(np.mean([g["correct"] for g in grades]))
-            scores[task]["overall"] = float(np.mean(list(scores[task].values())))
+            scores[task] = with_overall(scores[task])
     (out / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
     return scores
 
 
-class _Grader:
-    """One method for each task; they yield a grade for each request."""
-
-    def __init__(self, model: WeMMU, out: pathlib.Path, seed: int, steps: int):
-        self._model, self._out, self._seed, self._steps = model, out, seed, steps
-        self._side = model.default_size
-
-    def _requests(self, task: str, kind: str, count: int) -> Iterator[np.random.Generator]:
-        words = [ord(letter) for letter in f"{task}/{kind}"]
-        for number in range(count):
-            yield np.random.default_rng([self._seed, number, *words])
-
-    def _save(self, picture: Image.Image, task: str, kind: str, number: int) -> np.ndarray:
-        path = self._out / task / f"{kind.replace(' ', '-')}-{number:04}.png"
-        path.parent.mkdir(exist_ok=True)
-        picture.save(path)
-        return np.asarray(picture)
-
-    def _show(self, scene) -> Image.Image:
-        return Image.fromarray(render(scene, self._side, self._side))
-
-    def text_to_image(self, kind: str, count: int) -> Iterator[dict]:
-        """GenEval's six categories."""
-        drawn = [draw_prompt(rng, SPLIT, kind)[0] for rng in self._requests("T2I", kind, count)]
-        pictures = self._model.generate(
-            [prompt.text for prompt in drawn], seed=self._seed, steps=self._steps
-        )
-        for number, (prompt, picture) in enumerate(zip(drawn, pictures, strict=True)):
-            grade = score_prompt(self._save(picture, "T2I", kind, number), prompt)
-            yield {"text": prompt.text, "correct": grade.correct, "reason": grade.reason}
-
-    def edit(self, kind: str, count: int) -> Iterator[dict]:
-        """Single edits: the asked change, and everything else kept."""
-        for number, rng in enumerate(self._requests("S-Edit", kind, count)):
-            request = draw_edit(rng, SPLIT, kind)
-            picture = self._model.edit(
-                self._show(request.source),
-                request.instruction,
-                seed=self._seed + number,
-                steps=self._steps,
-            )
-            grade = score_edit(self._save(picture, "S-Edit", kind, number), request)
-            yield {"text": request.instruction, **dataclasses.asdict(grade)}
-
-    def reconstruct(self, kind: str, count: int) -> Iterator[dict]:
-        """The scene kept."""
-        for number, rng in enumerate(self._requests("Rec", kind, count)):
-            scene = draw_scene(rng, SPLIT)
-            picture = self._model.reconstruct(
-                self._show(scene), seed=self._seed + number, steps=self._steps
-            )
-            grade = score_reconstruction(self._save(picture, "Rec", kind, number), scene)
-            yield {"correct": grade.correct, "reason": grade.reason}
-
-    def compose(self, kind: str, count: int) -> Iterator[dict]:
-        """Two scenes into one."""
-        for number, rng in enumerate(self._requests("M-Edit", kind, count)):
-            request = draw_composition(rng, SPLIT)
-            picture = self._model.compose(
-                [self._show(scene) for scene in request.sources],
-                request.instruction,
-                seed=self._seed + number,
-                steps=self._steps,
-            )
-            grade = score_composition(self._save(picture, "M-Edit", kind, number), request)
-            yield {"text": request.instruction, **dataclasses.asdict(grade)}
-
-    def chat(self, kind: str, count: int) -> Iterator[dict]:
-        """The one right answer, but for case, blanks and a full stop."""
-        for rng in self._requests("chat", kind, count):
-            question = draw_question(rng, SPLIT, kind)
-            answer = self._model.chat(
-                question.text, images=[self._show(question.scene)], max_new_tokens=8
-            )
-            right = answer.strip().strip(".").lower() == question.answer.lower()
-            yield {"text": question.text, "correct": right, "reason": answer}
+def with_overall(kinds: dict[str, float]) -> dict[str, float]:
+    """The shares of a task's kinds, and their mean."""
+    return {**kinds, "overall": float(np.mean(list(kinds.values())))}
 
 
-# task -> (its kinds, what grades them)
-_TASKS: dict[str, tuple[tuple[str, ...], Callable[[_Grader, str, int], Iterator[dict]]]] = {
-    "T2I": (tuple(prompts.CATEGORIES), _Grader.text_to_image),
-    "S-Edit": (tuple(edits.KINDS), _Grader.edit),
-    "Rec": (("scene",), _Grader.reconstruct),
-    "M-Edit": (("two scenes",), _Grader.compose),
-    "chat": (tuple(questions.KINDS), _Grader.chat),
-}
+def show(scene: Scene, side: int) -> Image.Image:
+    """The scene as a square picture."""
+    return Image.fromarray(render(scene, side, side))
+
+
+def _draw(
+    model: WeMMU, out: pathlib.Path, task: str, kind: str, *, count: int, seed: int, steps: int
+) -> list[dict]:
+    side = model.default_size
+    asked = cases(task, kind, count=count, seed=seed)
+    pictures = model.draw(
+        [DrawingRequest(c.text, tuple(show(s, side) for s in c.sources)) for c in asked],
+        size=(side, side),
+        guidance=DRAWING_TASKS[task].guidance,
+        seed=seed,
+        steps=steps,
+    )
+    (out / task).mkdir(exist_ok=True)
+    grades = []
+    for number, (case, picture) in enumerate(zip(asked, pictures, strict=True)):
+        picture.save(out / task / f"{kind.replace(' ', '-')}-{number:04}.png")
+        grade = dataclasses.asdict(case.grade(np.asarray(picture)))
+        if case.sources:  # where one picture is meant; a caption fits many
+            grade["psnr"] = psnr(np.asarray(picture), np.asarray(show(case.target, side)))
+        grades.append({"text": case.text, **grade})
+    return grades
+
+
+def psnr(picture: np.ndarray, wanted: np.ndarray) -> float:
+    """Peak signal-to-noise ratio in dB of two uint8 pictures; at most 60, which equal ones get."""
+    error = np.mean((picture.astype(np.float64) - wanted) ** 2)
+    return float(10 * np.log10(255**2 / max(error, 255**2 / 1e6)))
+
+
+def _answer(model: WeMMU, kind: str, *, count: int, seed: int) -> list[dict]:
+    grades = []
+    for asked in asked_questions(kind, count=count, seed=seed):
+        picture = show(asked.scene, model.default_size)
+        answer = model.chat(asked.text, images=[picture], max_new_tokens=8)
+        right = answers_match(answer, asked.answer)
+        grades.append({"text": asked.text, "correct": right, "reason": answer})
+    return grades

@@ -139,7 +139,8 @@ class WeMMU:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         size = self.requests.output_size((), height, width)
         requests = [DrawingRequest(prompt) for prompt in prompts]
-        return self._draw(requests, size, guides.request_guidance(guidance), seed, steps)
+        scale = guides.request_guidance(guidance)
+        return self.draw(requests, size=size, guidance=scale, seed=seed, steps=steps)
 
     def edit(
         self,
@@ -157,7 +158,8 @@ class WeMMU:
         source = opened_picture(image)
         size = self.requests.output_size((source,), height, width)
         guidance = guides.edit_guidance(image=image_guidance, edit=edit_guidance)
-        return self._draw([DrawingRequest(instruction, (source,))], size, guidance, seed, steps)[0]
+        request = DrawingRequest(instruction, (source,))
+        return self.draw([request], size=size, guidance=guidance, seed=seed, steps=steps)[0]
 
     def compose(
         self,
@@ -176,7 +178,8 @@ class WeMMU:
             raise ValueError(f"compose needs at least 2 pictures, found {len(sources)}")
         size = self.requests.output_size(sources, height, width)
         scale = guides.request_guidance(guidance)
-        return self._draw([DrawingRequest(instruction, sources)], size, scale, seed, steps)[0]
+        request = DrawingRequest(instruction, sources)
+        return self.draw([request], size=size, guidance=scale, seed=seed, steps=steps)[0]
 
     def reconstruct(
         self,
@@ -193,7 +196,54 @@ class WeMMU:
         size = self.requests.output_size((source,), height, width)
         scale = guides.request_guidance(guidance)
         request = DrawingRequest(RECONSTRUCTION_PROMPT, (source,))
-        return self._draw([request], size, scale, seed, steps)[0]
+        return self.draw([request], size=size, guidance=scale, seed=seed, steps=steps)[0]
+
+    def draw(
+        self,
+        requests: Sequence[DrawingRequest],
+        *,
+        size: tuple[int, int],
+        guidance: Guidance,
+        seed: int = 0,
+        steps: int = 20,
+    ) -> list[Image.Image]:
+        """One picture for each request: what the methods above do, for many requests at once.
+
+        Args:
+          requests: all with the same number of sources. Picture i is number i under `seed`.
+          size: (height, width) of all pictures.
+          guidance: how the branches are weighed.
+          seed, steps: as in `generate`.
+
+        Raises:
+          ValueError: as `generate`, and for guidance that is not finite.
+        """
+        if not requests:
+            raise ValueError("no prompts")
+        if not all(math.isfinite(weight) for _, weight in guidance.weights):
+            raise ValueError("guidance: expected finite scales")
+        seed, steps = _checked_seed(seed), whole_number("steps", steps)
+        rows = self.requests.sized(requests, size)
+        canvas = Canvas(*size, self.model.config.query_grid(*size), rows.shapes.tokens)
+        settings = SolverSettings(steps=steps, shift=self.shift, solver=self.solver)
+        pictures: list[Image.Image] = []
+        for start in range(0, len(requests), self.batch_size):
+            chunk = requests[start : start + self.batch_size]
+            branches = [
+                self.with_latents(self.requests.branch(branch, chunk, size, rows))
+                for branch in guidance.branches
+            ]
+            pixels = self._sampler(
+                self.params,
+                branches,
+                guidance=guidance,
+                canvas=canvas,
+                settings=settings,
+                seed=seed,
+                numbers=jnp.arange(start, start + len(chunk), dtype=jnp.uint32),
+            )
+            pictures += [Image.fromarray(picture) for picture in np.asarray(pixels)]
+        return pictures
 
     def check(
         self,
@@ -252,43 +302,7 @@ class WeMMU:
     def _sampler(self) -> Sampler:
         return _compiled(self.model)
 
-    def _draw(
-        self,
-        requests: Sequence[DrawingRequest],
-        size: tuple[int, int],
-        guidance: Guidance,
-        seed: int,
-        steps: int,
-    ) -> list[Image.Image]:
-        """One picture for each request; all of them have the same number of sources."""
-        if not requests:
-            raise ValueError("no prompts")
-        if not all(math.isfinite(weight) for _, weight in guidance.weights):
-            raise ValueError("guidance: expected finite scales")
-        seed, steps = _checked_seed(seed), whole_number("steps", steps)
-        rows = self.requests.sized(requests, size)
-        canvas = Canvas(*size, self.model.config.query_grid(*size), rows.shapes.tokens)
-        settings = SolverSettings(steps=steps, shift=self.shift, solver=self.solver)
-        pictures: list[Image.Image] = []
-        for start in range(0, len(requests), self.batch_size):
-            chunk = requests[start : start + self.batch_size]
-            branches = [
-                self._branch(self.requests.branch(branch, chunk, size, rows))
-                for branch in guidance.branches
-            ]
-            pixels = self._sampler(
-                self.params,
-                branches,
-                guidance=guidance,
-                canvas=canvas,
-                settings=settings,
-                seed=seed,
-                numbers=jnp.arange(start, start + len(chunk), dtype=jnp.uint32),
-            )
-            pictures += [Image.fromarray(picture) for picture in np.asarray(pixels)]
-        return pictures
-
-    def _branch(self, inputs: BranchInputs) -> tuple[PromptBatch, Sources | None]:
+    def with_latents(self, inputs: BranchInputs) -> tuple[PromptBatch, Sources | None]:
         """The same with the source pictures' latents."""
         if inputs.images is None:
             return inputs.prompt, None

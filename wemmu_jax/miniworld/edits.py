@@ -157,3 +157,11 @@ def draw_edit(rng: np.random.Generator, split: Split, kind: str | None = None) -
             return Edit(
                 kind, phrases.draw(rng, split).format(**change.words), source, change.target
             )
+
+
+def change_of(scene: Scene, rng: np.random.Generator) -> Scene:
+    """`scene` after an edit of any kind."""
+    while True:
+        changer, _ = KINDS[choose(rng, KINDS)]
+        if change := changer(scene, rng):
+            return change.target

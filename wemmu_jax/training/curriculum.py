@@ -10,6 +10,7 @@ import importlib.util
 import json
 import math
 import pathlib
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -104,6 +105,8 @@ def base_config() -> ml_collections.ConfigDict:
                 "shift": 3.0,
             },
             "trainable": ALL_BUT_VLM_LEARN,
+            # Patterns of paths of the bridge that are drawn anew from the seed, whatever `init` has there.
+            "redrawn": (),
             "mesh": {"fsdp": 8},
             "every": {"log": 10, "checkpoint": 1000, "validate": 1000, "sample": 1000},
             "keep_checkpoints": 3,
@@ -227,6 +230,13 @@ def _is_rule(value: Any) -> bool:
     return isinstance(value, list | tuple) and len(value) == 2
 
 
+def _is_pattern(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and re.compile(value) is not None
+    except re.error:
+        return False
+
+
 _COUNT = (_whole(1), "a whole number above 0")
 _COUNT_OR_ZERO = (_whole(0), "a whole number of at least 0")
 _DATA_SETS = (
@@ -263,6 +273,7 @@ _EXPECTED: dict[str, tuple[_Test, str]] = {
     ),
     "loss.shift": (_above_zero, "a finite number above 0"),
     "trainable": (_list_of(_is_rule), "a list of [pattern, true or false]"),
+    "redrawn": (_list_of(_is_pattern), "a list of regular expressions"),
     "mesh.fsdp": _COUNT,
     "every.log": _COUNT_OR_ZERO,
     "every.checkpoint": _COUNT_OR_ZERO,
@@ -298,6 +309,7 @@ class Stage:
     time_law: TimeLaw
     shift: float
     trainable: tuple[FreezeRule, ...]
+    redrawn: tuple[str, ...] = ()
 
     @property
     def batch(self) -> int:
@@ -333,4 +345,5 @@ class Stage:
             time_law=_choice(TimeLaw, "loss.time_law", loss.time_law),
             shift=loss.shift,
             trainable=tuple(FreezeRule(*rule) for rule in config.trainable),
+            redrawn=tuple(config.redrawn),
         )

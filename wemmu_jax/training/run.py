@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -145,28 +146,19 @@ def leaf_dtype(path: str, stage: Stage) -> jnp.dtype:
     return jnp.dtype(jnp.float32) if learns(path, stage.trainable) else stage.dtype
 
 
+def _leaf_sharding(mesh: Mesh) -> Callable:
+    """(path, shape and type) -> where the leaf lies."""
+    return lambda path, spec: flatten(parameter_shardings({path: spec}, mesh))[path]
+
+
 def _weights(origin: Origin, model: WeMMUModel, stage: Stage, mesh: Mesh) -> tuple[dict, dict]:
     """Every leaf in its type, all of them sharded."""
     dtype = functools.partial(leaf_dtype, stage=stage)
-
-    def sharding(path: str, spec: jax.ShapeDtypeStruct):
-        return flatten(parameter_shardings({path: spec}, mesh))[path]
-
-    params = origin.load(dtype=dtype, sharding=sharding)
+    params = origin.load(dtype=dtype, sharding=_leaf_sharding(mesh))
     if origin.bridge is None:
-        # As they are stored: the frozen tree may be rounded to the compute type.
-        below = [path for path in origin.backbones.specs if path.startswith(EXPERT_FROM)]
-        text = nest(
-            {
-                path.removeprefix("vlm/text/"): origin.backbones.load_leaf(
-                    path, dtype=jnp.float32, sharding=sharding
-                )
-                for path in below
-            }
-        )
-        key = stream_key(stage.seed, Stream.INIT)
-        shapes = parameter_shardings(jax.eval_shape(model.init_bridge, key, text), mesh)
-        params |= jax.jit(model.init_bridge, out_shardings=shapes, donate_argnums=1)(key, text)
+        params |= _fresh_bridge(origin, model, stage, mesh)
+    elif stage.redrawn:
+        params = _redrawn(params, _fresh_bridge(origin, model, stage, mesh), stage)
     trainable, frozen = split(params, stage.trainable)
     if origin.bridge is None and (never := BRIDGE & frozen.keys()):
         raise ValueError(
@@ -174,6 +166,38 @@ def _weights(origin: Origin, model: WeMMUModel, stage: Stage, mesh: Mesh) -> tup
             "from the seed, which no checkpoint would hold"
         )
     return trainable, frozen
+
+
+def _fresh_bridge(origin: Origin, model: WeMMUModel, stage: Stage, mesh: Mesh) -> dict:
+    """The bridge as it is before any training: the expert from the language model, the rest from the seed."""
+    sharding = _leaf_sharding(mesh)
+    # As they are stored: the frozen tree may be rounded to the compute type.
+    below = [path for path in origin.backbones.specs if path.startswith(EXPERT_FROM)]
+    text = nest(
+        {
+            path.removeprefix("vlm/text/"): origin.backbones.load_leaf(
+                path, dtype=jnp.float32, sharding=sharding
+            )
+            for path in below
+        }
+    )
+    key = stream_key(stage.seed, Stream.INIT)
+    shapes = parameter_shardings(jax.eval_shape(model.init_bridge, key, text), mesh)
+    return jax.jit(model.init_bridge, out_shardings=shapes, donate_argnums=1)(key, text)
+
+
+def _redrawn(params: Mapping, fresh: Mapping, stage: Stage) -> dict:
+    """`params` with the leaves of `fresh` that the stage wants drawn anew."""
+    flat, new = flatten(params), flatten(fresh)
+    chosen = {
+        pattern: [path for path in new if re.match(pattern, path)] for pattern in stage.redrawn
+    }
+    if idle := [pattern for pattern, paths in chosen.items() if not paths]:
+        raise ValueError(f"redrawn: {idle} match no parameter of the bridge: {sorted(new)}")
+    paths = {path for paths in chosen.values() for path in paths}
+    if never := [path for path in sorted(paths) if not learns(path, stage.trainable)]:
+        raise ValueError(f"redrawn: {never} are frozen, so no checkpoint would hold them")
+    return nest(flat | {path: new[path] for path in paths})
 
 
 def describe(run: Run) -> dict:

@@ -68,8 +68,12 @@ class Attention(nn.Module):
             key=rotate(self._heads("k_proj", config.num_key_value_heads, x), angles),
             value=self._heads("v_proj", config.num_key_value_heads, x),
         )
+        query = rotate(query, angles)
         seen = own if context is None else context.followed_by(own)
-        mixed = self._attend(rotate(query, angles), seen, mask)
+        # For those who want to look at the attention, see `evaluation.attention`; nothing is kept unless asked for.
+        self.sow("attention", "query", query)
+        self.sow("attention", "key", seen.key)
+        mixed = self._attend(query, seen, mask)
         out = nn.Dense(config.hidden_size, use_bias=False, dtype=self.dtype, name="o_proj")
         return out(mixed.reshape(*x.shape[:-1], -1)), own
 
@@ -191,7 +195,7 @@ class DecoderStack(nn.Module):
         )
         layers = nn.scan(
             remat(DecoderLayer, self.remat),
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "attention": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast),
             out_axes=0,

@@ -43,6 +43,13 @@ class VAEStream(enum.StrEnum):
     EXPERT = "expert"  # in the generation expert, before the queries (as in BAGEL)
 
 
+class Pathway(enum.StrEnum):
+    """What the Position MLP reads (paper, 4.3.2)."""
+
+    EXPERT = "expert"  # the generation expert's queries
+    VIT = "vit"  # the source's ViT features themselves; there is neither an expert nor any text
+
+
 @dataclasses.dataclass(frozen=True)
 class BridgeConfig:
     """The bridge.
@@ -51,6 +58,7 @@ class BridgeConfig:
       queries: what the expert starts from.
       connector: how VAE features become tokens.
       vae_stream: where these tokens run.
+      pathway: what the Position MLP reads; `vit` shows what is lost between the ViT and the queries.
       fixed_grid: side of the square grid of `learnable_fixed` queries.
       max_grid: N, side of every learned table of positions (A.1).
       position_mlp_hidden: hidden width of the Position MLP (Table 1).
@@ -64,6 +72,7 @@ class BridgeConfig:
     queries: QueryKind = QueryKind.NOISY
     connector: Connector = Connector.LINEAR
     vae_stream: VAEStream = VAEStream.FROZEN
+    pathway: Pathway = Pathway.EXPERT
     fixed_grid: int = 18
     max_grid: int = 74
     position_mlp_hidden: int = 16384
@@ -82,6 +91,14 @@ class BridgeConfig:
             raise ValueError(
                 f"bridge config: distillation must be a finite number of at least 0; found {weight!r}"
             )
+        if self.pathway is Pathway.VIT and (self.queries, self.connector) != (
+            QueryKind.NOISY,
+            Connector.NONE,
+        ):
+            raise ValueError(
+                "bridge config: pathway=vit has neither queries nor VAE tokens: it goes with queries=noisy and "
+                f"connector=none; found queries={self.queries.value}, connector={self.connector.value}"
+            )
 
     @property
     def vae_in_prompt(self) -> bool:
@@ -95,7 +112,12 @@ class BridgeConfig:
         unknown = sorted(set(values) - set(known))
         if unknown:
             raise ValueError(f"bridge config: unknown keys {unknown}; known: {sorted(known)}")
-        enums = {"queries": QueryKind, "connector": Connector, "vae_stream": VAEStream}
+        enums = {
+            "queries": QueryKind,
+            "connector": Connector,
+            "vae_stream": VAEStream,
+            "pathway": Pathway,
+        }
         fixed = dict(values)
         for name, kind in enums.items():
             if name in fixed:

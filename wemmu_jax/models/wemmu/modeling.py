@@ -24,7 +24,7 @@ from wemmu_jax.models.qwen2_5_vl.text import DecoderStack, KeyValues, Pattern, T
 from wemmu_jax.models.qwen2_5_vl.vision import VisionTransformer
 from wemmu_jax.models.sana.modeling import SanaTransformer
 from wemmu_jax.models.wemmu.batch import PromptBatch, Sources
-from wemmu_jax.models.wemmu.config import Connector, VAEStream, WeMMUConfig
+from wemmu_jax.models.wemmu.config import Connector, Pathway, VAEStream, WeMMUConfig
 from wemmu_jax.models.wemmu.position_mlp import PositionMLP, pad_tokens
 from wemmu_jax.models.wemmu.queries import Queries
 from wemmu_jax.models.wemmu.vae_branch import VAEBranch, distillation_loss
@@ -44,15 +44,17 @@ class Context:
       vae_positions: int32[3, B, n * S], their position ids, those of the ViT tokens; None with them.
       vae_valid: bool[B, n * S]; None with them.
       distillation: float32[B], the connector's cosine loss; None unless it is distilled.
+      features: [B, n * S, D] of the ViT with `pathway: vit`, else None; then there are no keys and values.
     """
 
-    key_values: KeyValues
+    key_values: KeyValues | None
     valid: jax.Array
     next_position: jax.Array
     vae_tokens: jax.Array | None = None
     vae_positions: jax.Array | None = None
     vae_valid: jax.Array | None = None
     distillation: jax.Array | None = None
+    features: jax.Array | None = None
 
 
 @flax.struct.dataclass
@@ -152,6 +154,8 @@ class WeMMUModel:
             rows = x.shape[0]
             seen = self.vision.apply({"params": params["vlm"]["vision"]}, sources.images)
             seen = seen.reshape(rows, -1, self.width)
+            if self.config.bridge.pathway is Pathway.VIT:
+                return Context(None, prompt.valid, prompt.next_position, features=seen)
             features = [seen]
             if self.config.bridge.connector is not Connector.NONE:
                 vae = self._vae_tokens(params, sources)
@@ -190,34 +194,61 @@ class WeMMUModel:
           grid: rows and columns of the queries.
           query_tokens: Q, to which the queries are padded.
         """
-        bridge_queries = {"params": params.get("queries", {})}
-        queries = self.queries.apply(bridge_queries, noise, grid=grid).astype(self.dtype)
-        count = queries.shape[1]
-        x = pad_tokens(queries, query_tokens)
-        shape = x.shape[:2]
-        valid = jnp.broadcast_to(jnp.arange(query_tokens) < count, shape)
-        positions = query_position_ids(context.next_position, grid)
-        positions = jnp.pad(positions, [(0, 0), (0, 0), (0, query_tokens - count)])
-        own_valid = valid
-        if context.vae_tokens is not None:
-            x = jnp.concatenate([context.vae_tokens.astype(x.dtype), x], axis=1)
-            positions = jnp.concatenate([context.vae_positions, positions], axis=2)
-            own_valid = jnp.concatenate([context.vae_valid, valid], axis=1)
-        hidden, _ = self.expert.apply(
-            {"params": params["expert"]},
-            x,
-            positions,
-            valid=own_valid,
-            context=context.key_values,
-            context_valid=context.valid,
-            pattern=Pattern.FULL,
-            hidden_tail=query_tokens if context.vae_tokens is not None else 0,
-            return_key_values=False,
-        )
+        count = grid[0] * grid[1]
+        valid = jnp.broadcast_to(jnp.arange(query_tokens) < count, (len(noise), query_tokens))
+        if self.config.bridge.pathway is Pathway.VIT:
+            hidden = self._straight(context, query_tokens)
+        else:
+            x, inputs = self.expert_inputs(
+                params, context, noise, grid=grid, query_tokens=query_tokens
+            )
+            hidden, _ = self.expert.apply({"params": params["expert"]}, x, **inputs)
         tokens = self.position_mlp.apply(
             {"params": params["position_mlp"]}, hidden[:, -query_tokens:], grid=grid
         )
         return Condition(tokens, valid)
+
+    def expert_inputs(
+        self,
+        params: Params,
+        context: Context,
+        noise: jax.Array,
+        *,
+        grid: tuple[int, int],
+        query_tokens: int,
+    ) -> tuple[jax.Array, dict]:
+        """What `write` calls the expert with: [B, own tokens, D], the last Q of them queries, and keywords."""
+        learned = {"params": params.get("queries", {})}
+        queries = self.queries.apply(learned, noise, grid=grid).astype(self.dtype)
+        count = queries.shape[1]
+        x = pad_tokens(queries, query_tokens)
+        valid = jnp.broadcast_to(jnp.arange(query_tokens) < count, x.shape[:2])
+        positions = query_position_ids(context.next_position, grid)
+        positions = jnp.pad(positions, [(0, 0), (0, 0), (0, query_tokens - count)])
+        if context.vae_tokens is not None:
+            x = jnp.concatenate([context.vae_tokens.astype(x.dtype), x], axis=1)
+            positions = jnp.concatenate([context.vae_positions, positions], axis=2)
+            valid = jnp.concatenate([context.vae_valid, valid], axis=1)
+        return x, {
+            "position_ids": positions,
+            "valid": valid,
+            "context": context.key_values,
+            "context_valid": context.valid,
+            "pattern": Pattern.FULL,
+            "hidden_tail": query_tokens if context.vae_tokens is not None else 0,
+            "return_key_values": False,
+        }
+
+    def _straight(self, context: Context, query_tokens: int) -> jax.Array:
+        """[B, Q, D]: the features of the one source as if they were queries; zeros where there is none."""
+        if context.features is None:
+            return jnp.zeros((len(context.valid), query_tokens, self.width), self.dtype)
+        if context.features.shape[1] != query_tokens:
+            raise ValueError(
+                f"pathway=vit draws one source on the grid of the output: {query_tokens} tokens; found "
+                f"{context.features.shape[1]}"
+            )
+        return context.features
 
     def paint(
         self, params: Params, latents: jax.Array, timestep: jax.Array, condition: Condition
@@ -273,11 +304,11 @@ class WeMMUModel:
         if self.config.bridge.queries.value == "learnable_fixed":
             grid = (self.config.bridge.fixed_grid,) * 2
         noise = jnp.zeros((1, grid[0] * grid[1], self.width))
+        copied = {}
+        if self.config.bridge.pathway is Pathway.EXPERT:
+            copied = {name: text_params[name] for name in ("layers", "norm")}
         bridge = {
-            "expert": jax.tree.map(
-                lambda leaf: leaf.astype(jnp.float32),
-                {name: text_params[name] for name in ("layers", "norm")},
-            ),
+            "expert": jax.tree.map(lambda leaf: leaf.astype(jnp.float32), copied),
             "queries": self.queries.init(query_key, noise, grid=grid).get("params", {}),
             "position_mlp": self.position_mlp.init(mlp_key, noise, grid=grid)["params"],
         }

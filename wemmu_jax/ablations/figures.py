@@ -1,0 +1,81 @@
+"""Pictures for the tables: loss curves, attention maps, answers side by side."""
+
+import itertools
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+from PIL import Image
+
+from wemmu_jax.evaluation.attention import GROUPS
+
+_LINES = {"vae": "tab:blue", "text": "tab:red"}  # the paper's colours of what begins there
+
+
+def curves(
+    path: pathlib.Path, lines: Mapping[str, tuple[Sequence[int], Sequence[float]]], *, label: str
+) -> None:
+    """One line for each name: (steps, values)."""
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for name, (steps, values) in lines.items():
+        axes.plot(steps, values, label=name, linewidth=1.2)
+    axes.set(xlabel="optimizer step", ylabel=label)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    _save(figure, path)
+
+
+def maps(path: pathlib.Path, found: Mapping[str, tuple[np.ndarray, Sequence[str]]]) -> None:
+    """Attention from queries (rows) to prompt tokens (columns), each map with its tokens' groups."""
+    figure, every = plt.subplots(
+        len(found), 1, figsize=(8, 1.8 * len(found)), layout="constrained", squeeze=False
+    )
+    for axes, (name, (attention, groups)) in zip(every[:, 0], found.items(), strict=True):
+        # The first token draws attention to itself whatever it is; without it the rest can be seen.
+        axes.imshow(attention, aspect="auto", vmax=np.quantile(attention, 0.99), cmap="magma")
+        for column, (before, group) in enumerate(itertools.pairwise(groups), 1):
+            if group != before and group in _LINES:
+                axes.axvline(column - 0.5, color=_LINES[group], linewidth=1.2)
+        shares = ", ".join(f"{name} {groups.count(name)}" for name in GROUPS if name in groups)
+        axes.set_title(f"{name} ({shares} tokens)", fontsize="small")
+        axes.set_ylabel("queries", fontsize="small")
+    _save(figure, path)
+
+
+def smoothed(values: Sequence[float], *, window: int) -> np.ndarray:
+    """The mean of the last `window` values at each place."""
+    sums = np.cumsum(np.insert(np.asarray(values, float), 0, 0.0))
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - window, 0)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def sheet(
+    path: pathlib.Path, heads: Sequence[str], rows: Sequence[tuple[str, Sequence[Image.Image]]]
+) -> None:
+    """A table of pictures under `heads`, each row with its text."""
+    figure, every = plt.subplots(
+        len(rows), len(heads), figsize=(1.3 * len(heads), 1.55 * len(rows)), squeeze=False
+    )
+    for line, (text, pictures) in zip(every, rows, strict=True):
+        for axes, picture in zip(line, pictures, strict=True):
+            axes.imshow(np.asarray(picture), interpolation="nearest")
+            axes.set_axis_off()
+        line[0].set_title(text, fontsize=7, loc="left")
+    for number, head in enumerate(heads):
+        every[0, number].text(
+            0.5, 1.25, head, transform=every[0, number].transAxes, ha="center", fontsize=8
+        )
+    figure.tight_layout(pad=0.4)
+    _save(figure, path)
+
+
+def _save(figure, path: pathlib.Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(figure)

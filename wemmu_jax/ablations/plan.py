@@ -1,0 +1,82 @@
+"""The jobs that studies need, and how long they will take."""
+
+import pathlib
+from collections.abc import Iterable, Sequence
+
+from configs.ablations import BUDGETS, PHASES
+from wemmu_jax.ablations import work
+from wemmu_jax.ablations.jobs import Job, Ledger
+from wemmu_jax.ablations.studies import Run, study
+
+
+def jobs(
+    names: Sequence[str], *, budget: str, out: pathlib.Path, backbones: pathlib.Path
+) -> list[Job]:
+    """Everything that the studies need, each job after those that it needs; what two of them need is there once."""
+    studies = [study(name, budget=budget) for name in names]
+    common = {"out": str(out), "budget": budget}
+    found: dict[str, Job] = {}
+
+    def add(name: str, needs: Iterable[str], call, **arguments) -> str:
+        found[name] = Job(name, tuple(needs), call, arguments)
+        return name
+
+    converted = add("convert", (), work.convert_backbones, backbones=str(backbones), **common)
+
+    def trained(run: Run) -> str:
+        name = f"train/{run}"
+        if name in found:
+            return name
+        start = PHASES[run.phase].start
+        need = converted if start is None else trained(run.at(start))
+        return add(name, (need,), work.train_phase, run=str(run), **common)
+
+    tasks: dict[Run, list[str]] = {}
+    for one in studies:
+        for run in one.runs:
+            trained(run)
+        for run, asked in one.graded.items():
+            wanted = tasks.setdefault(run, [])
+            wanted += [task for task in asked if task not in wanted]
+    for run, asked in tasks.items():
+        add(f"grade/{run}", (trained(run),), work.grade, run=str(run), tasks=asked, **common)
+    for run in dict.fromkeys(run for one in studies for run in one.attention):
+        add(f"attend/{run}", (trained(run),), work.attend, run=str(run), **common)
+    return list(found.values())
+
+
+# Measured, one process on one core of a two-core AMD EPYC machine: samples a second of training by what is trained,
+# pictures a second of grading, and the seconds that a job takes before it begins.
+_SAMPLES, _PICTURES, _START = 25.0, 4.0, 40.0
+
+
+def estimate(todo: Sequence[Job], *, budget: str, ledger: Ledger) -> float:
+    """Seconds of one process for all jobs that are not done; finished jobs of a kind tell what the others will take."""
+    known: dict[str, list[float]] = {}
+    for job in todo:
+        if (seconds := ledger.seconds(job.name)) is not None:
+            known.setdefault(_kind(job), []).append(seconds)
+    total = 0.0
+    for job in todo:
+        if ledger.seconds(job.name) is None:
+            took = known.get(_kind(job))
+            total += sum(took) / len(took) if took else _guess(job, budget)
+    return total
+
+
+def _kind(job: Job) -> str:
+    """What jobs that take about as long have in common."""
+    return f"{job.name.split('/')[0]}/{job.name.split('/')[-1]}"
+
+
+def _guess(job: Job, budget: str) -> float:
+    limits = BUDGETS[budget]
+    what, phase = job.name.split("/")[0], job.name.split("/")[-1]
+    if what == "train":
+        rows = 64 if phase.endswith("-32") else 16
+        return _START + limits.steps[phase] * rows / _SAMPLES
+    if what == "grade":
+        kinds = {"S-Edit": 6, "T2I": 6, "Rec": 1, "M-Edit": 5}
+        pictures = limits.graded * sum(kinds[task] for task in job.arguments["tasks"])
+        return _START + pictures * limits.solver_steps / 20 / _PICTURES
+    return _START
