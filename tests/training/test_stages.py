@@ -113,7 +113,7 @@ def test_trained_weights_are_laid_over_the_backbones(stage1, stage2, converted):
 
 
 def test_what_is_drawn_anew(stage1, config_of):
-    last = stage1[0].states[STEPS["stage1"]]
+    last = {path: np.array(leaf) for path, leaf in Origin(stage1[1]).trained().items()}
     rules = (("position_mlp/", True), (".*", False))
     common = {"trainable": rules, "seed": 9}
     kept = prepare(config_of("stage2", stage1[1], **common))
