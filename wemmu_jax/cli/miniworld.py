@@ -22,7 +22,7 @@ STUDIES = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what `run` reads."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    text = "trains a backbone of the tiny preset; `sana` reads what the two others wrote"
+    text = "trains a backbone of the tiny preset; `sana` learns on the latents of `dc-ae`"
     pretrain = actions.add_parser("pretrain", help=text, description=text, allow_abbrev=False)
     pretrain.add_argument("backbone", choices=BACKBONES)
     pretrain.add_argument(

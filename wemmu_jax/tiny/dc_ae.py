@@ -95,9 +95,10 @@ def _restore(model: DCAE, params: Mapping, pixels: jax.Array) -> jax.Array:
     return jnp.round(jnp.clip((restored + 1) * 127.5, 0, 255)).astype(jnp.uint8)
 
 
-def save(params: Mapping, root: pathlib.Path) -> None:
-    """Writes ROOT/sana/vae, its `scaling_factor` chosen so that latents of training scenes have unit variance."""
+def save(params: Mapping, root: pathlib.Path) -> Mapping:
+    """Writes ROOT/sana/vae and returns its weights. `scaling_factor` gives latents of training scenes unit variance."""
     _, pixels = _pictures(np.random.default_rng(1), "train", 512, (48, 48))
     encode = jax.jit(lambda p, x: _model().apply({"params": p}, _scaled(x), method="encode"))
-    scale = round(1 / float(np.std(encode(params, pixels))), 4)
+    scale = round(1 / float(np.std(encode(params, pixels).astype(jnp.float32))), 4)
     save_backbone(DC_AE, root, {**DC_AE_CONFIG, "scaling_factor": scale}, params)
+    return params

@@ -78,11 +78,11 @@ class _Batches:
         return self._batch(int(number) + 1)
 
 
-def pretrain(recipe: Recipe, workdir: pathlib.Path) -> tuple[Tree, dict[str, float]]:
+def pretrain(recipe: Recipe, workdir: pathlib.Path) -> Tree:
     """Trains to the last step, from the latest checkpoint in `workdir` if there is one.
 
     Returns:
-      The parameters and their scores.
+      The parameters.
 
     Raises:
       FloatingPointError: the loss was not finite; names the step.
@@ -125,12 +125,9 @@ def pretrain(recipe: Recipe, workdir: pathlib.Path) -> tuple[Tree, dict[str, flo
                 checkpoints.save(state)
             if stop.asked:
                 raise InterruptedError(f"stopped at step {step}; the same command goes on")
-            if step % EVERY_EVALUATION == 0 and step < steps:
+            if step % EVERY_EVALUATION == 0:
                 _report(progress, step, recipe.evaluate(state.ema or state.params))
-        result = state.ema or state.params
-        scores = recipe.evaluate(result)
-        _report(progress, steps, scores)
-    return jax.device_get(result), scores
+    return jax.device_get(state.ema or state.params)
 
 
 def _compiled(recipe: Recipe, optimizer: optax.GradientTransformation):

@@ -1,7 +1,7 @@
 """The tiny Sana DiT: text to image before there is any bridge.
 
-It reads captions through the frozen language model's last hidden states and a linear layer to its caption width.
-The layer is dropped afterwards; the bridge takes its place.
+As Sana has a text encoder of its own, which knows nothing of Qwen2.5-VL, so this one learns with a small reader of
+captions and a linear layer to its caption width. Both are dropped afterwards; the bridge takes their place.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wemmu_jax.conversion.backbones import DC_AE, DIT, VLM
+from wemmu_jax.conversion.backbones import DC_AE, DIT
 from wemmu_jax.data.prompts import UNCONDITIONAL_PROMPT
 from wemmu_jax.diffusion.flow import (
     TIMESTEPS,
@@ -33,7 +33,7 @@ from wemmu_jax.miniworld.prompts import CATEGORIES, draw_prompt
 from wemmu_jax.miniworld.renderer import render
 from wemmu_jax.miniworld.scene import draw_scene
 from wemmu_jax.miniworld.scorer import score_prompt
-from wemmu_jax.models.qwen2_5_vl.text import Pattern
+from wemmu_jax.models.qwen2_5_vl.text import Pattern, TextModel
 from wemmu_jax.models.wemmu.config import BridgeConfig, WeMMUConfig
 from wemmu_jax.models.wemmu.inputs import RowEncoder
 from wemmu_jax.models.wemmu.modeling import Condition, WeMMUModel
@@ -42,8 +42,8 @@ from wemmu_jax.tiny.loop import Recipe
 from wemmu_jax.tiny.pictures import SIZES, batch_rng, draw_size
 from wemmu_jax.training.optimizer import OptimizerConfig
 
-ROWS, STEPS = 64, 4000
-TEXT_LENGTH = 64
+ROWS, STEPS = 32, 6000
+TEXT_LENGTH, READER_LAYERS = 64, 2
 UNCONDITIONAL_SHARE = 0.1
 SHIFT, GUIDANCE, SOLVER_STEPS = 3.0, 3.0, 20
 HELD_OUT = 32  # prompts of each category
@@ -51,22 +51,32 @@ HELD_OUT = 32  # prompts of each category
 
 @dataclasses.dataclass(frozen=True)
 class _Painter:
-    """The DiT behind the frozen language model."""
+    """The DiT behind its reader."""
 
     model: WeMMUModel
     rows: RowEncoder
 
     @property
+    def reader(self) -> TextModel:
+        """The first layers of a language model, with the VLM's sizes and words."""
+        config = self.model.config.vlm.text
+        return TextModel(dataclasses.replace(config, num_hidden_layers=READER_LAYERS))
+
+    @property
     def projection(self) -> nn.Dense:
-        """From the language model's width to the DiT's caption width."""
+        """From the reader's width to the DiT's caption width."""
         return nn.Dense(self.model.config.dit.caption_channels)
 
     def init(self, key: jax.Array) -> dict:
-        """`dit` and `projection`."""
-        first, second = jax.random.split(key)
-        hidden = jnp.zeros((1, 1, self.model.width))
-        projection = self.projection.init(first, hidden)["params"]
-        return {"dit": self.model.init_backbones(second)["dit"], "projection": projection}
+        """`dit`, `reader` and `projection`."""
+        keys = jax.random.split(key, 3)
+        one, place = jnp.zeros((1, 1), jnp.int32), jnp.zeros((3, 1, 1), jnp.int32)
+        valid, hidden = jnp.ones((1, 1), bool), jnp.zeros((1, 1, self.model.width))
+        return {
+            "dit": self.model.init_backbones(keys[0])["dit"],
+            "reader": self.reader.init(keys[1], one, place, valid=valid, method="score")["params"],
+            "projection": self.projection.init(keys[2], hidden)["params"],
+        }
 
     def prompts(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
         """tokens int32[B, L], position_ids int32[3, B, L], valid bool[B, L]."""
@@ -80,12 +90,12 @@ class _Painter:
             "valid": np.stack([row.valid for row in rows]),
         }
 
-    def condition(self, params: Mapping, frozen: Mapping, prompts: Mapping) -> Condition:
+    def condition(self, params: Mapping, prompts: Mapping) -> Condition:
         """What the DiT attends to."""
-        text = {"params": frozen["vlm"]["text"]}
-        hidden, _ = self.model.text.apply(
-            text,
-            self.model.text.apply(text, prompts["tokens"], method="embed"),
+        reader = {"params": params["reader"]}
+        hidden, _ = self.reader.apply(
+            reader,
+            self.reader.apply(reader, prompts["tokens"], method="embed"),
             prompts["position_ids"],
             valid=prompts["valid"],
             pattern=Pattern.CAUSAL,
@@ -97,7 +107,7 @@ class _Painter:
     @functools.partial(jax.jit, static_argnums=0)
     def paint(self, params: Mapping, frozen: Mapping, prompts: Mapping, key: jax.Array):
         """Pictures uint8[B, 48, 48, 3]; `prompts` holds B unconditional ones, then B captions."""
-        condition = self.condition(params, frozen, prompts)
+        condition = self.condition(params, prompts)
         count = prompts["tokens"].shape[0] // 2
 
         def velocity(latents: jax.Array, timestep: jax.Array) -> jax.Array:
@@ -120,14 +130,14 @@ def recipe(root: pathlib.Path, *, seed: int, steps: int) -> Recipe:
     config = WeMMUConfig.from_folder(root, BridgeConfig(**BRIDGE))
     rows = RowEncoder.load(root, config).sized([config.query_grid(*s) for s in SIZES], multiple=4)
     painter = _Painter(WeMMUModel(config, dtype=jnp.float32), rows)
-    frozen = {"vlm": load_backbone(VLM, root), "dc_ae": load_backbone(DC_AE, root)}
+    frozen = {"dc_ae": load_backbone(DC_AE, root)}
 
     def loss(params: Mapping, frozen: Mapping, batch: Mapping, key: jax.Array):
         clean = painter.model.encode(frozen, batch["pixels"])
         numbers = jnp.arange(len(clean), dtype=jnp.uint32)
         noise = draw_flow_noise(key, numbers, clean.shape[1:])
         sigma = draw_sigma(key, numbers, law=TimeLaw.LOGIT_NORMAL, shift=SHIFT)
-        condition = painter.condition(params, frozen, batch)
+        condition = painter.condition(params, batch)
         noisy = noised(clean, noise, sigma)
         velocity = painter.model.paint(params, noisy, TIMESTEPS * sigma, condition)
         return jnp.mean(flow_matching(velocity, target_velocity(clean, noise))), {}
@@ -169,7 +179,8 @@ def _evaluate(painter: _Painter, frozen: Mapping, params: Mapping) -> dict[str, 
     return {**scores, "mean": float(np.mean(list(scores.values())))}
 
 
-def save(params: Mapping, root: pathlib.Path) -> None:
-    """Writes the DiT's weights beside its config in ROOT/sana/transformer."""
+def save(params: Mapping, root: pathlib.Path) -> Mapping:
+    """Writes the DiT's weights beside its config in ROOT/sana/transformer, and returns them."""
     config = json.loads((root / DIT.folder / "config.json").read_text())
     save_backbone(DIT, root, config, params["dit"])
+    return params["dit"]

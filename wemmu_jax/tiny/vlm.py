@@ -161,7 +161,8 @@ def _evaluate(data: Conversations, right, params: Mapping) -> dict[str, float]:
     return {**scores, "mean": float(np.mean(list(scores.values())))}
 
 
-def save(params: Mapping, root: pathlib.Path) -> None:
-    """Writes the weights beside the config and the tokenizer in ROOT/vlm."""
+def save(params: Mapping, root: pathlib.Path) -> Mapping:
+    """Writes the weights beside the config and the tokenizer in ROOT/vlm, and returns them."""
     config = json.loads((root / "vlm/config.json").read_text())
     save_backbone(VLM, root, config, params)
+    return params

@@ -1,0 +1,94 @@
+"""The model card of the tiny backbones: how each was trained and what it can do. Written by the commands that train."""
+
+import json
+import pathlib
+import platform
+import statistics
+import subprocess
+from collections.abc import Mapping
+
+import jax
+
+import wemmu_jax
+from wemmu_jax.files import read_object, write_json
+from wemmu_jax.tiny.loop import Recipe
+from wemmu_jax.training.metrics import clock
+
+FILE = "training.json"
+_HEAD = """# Tiny backbones of WeMMU in JAX
+
+A Qwen2.5-VL, a Sana DiT and a DC-AE small enough to train on two cores, in the layout of their Hugging Face originals.
+They know miniworld, drawn scenes of coloured shapes, and nothing else. Weights are bfloat16 and were scored as such, on
+scenes and wordings that training never saw. This page is written by `wemmu miniworld pretrain`.
+
+| backbone | parameters | command | samples | time | hardware | version | scores |
+|---|---|---|---|---|---|---|---|
+"""
+
+
+def describe(recipe: Recipe, workdir: pathlib.Path, *, parameters: int, scores: Mapping) -> dict:
+    """What there is to tell of a training that is done."""
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    speeds = [
+        row["train/samples_per_second"]
+        for row in map(json.loads, lines)
+        if "train/samples_per_second" in row
+    ]
+    samples, speed = recipe.rows * recipe.optimizer.steps, statistics.median(speeds)
+    return {
+        "backbone": recipe.name,
+        "command": f"wemmu miniworld pretrain {recipe.name} --seed {recipe.seed}",
+        "parameters": parameters,
+        "steps": recipe.optimizer.steps,
+        "samples": samples,
+        # Not the wall's: a run may have been stopped and gone on.
+        "seconds_at_median_speed": round(samples / speed),
+        "samples_per_second": round(speed, 1),
+        "hardware": f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}, {_processor()}",
+        "version": _version(),
+        "scores": {name: round(value, 4) for name, value in scores.items()},
+    }
+
+
+def write_card(root: pathlib.Path, folder: pathlib.Path, description: Mapping) -> None:
+    """Puts FOLDER/training.json beside a backbone, and all of them into ROOT/README.md."""
+    write_json(folder / FILE, description)
+    rows = []
+    for file in sorted(root.rglob(FILE)):
+        one = read_object(file)
+        scores = ", ".join(f"{name} {value:.3f}" for name, value in one["scores"].items())
+        cells = [
+            one["backbone"],
+            f"{one['parameters']:,}",
+            f"`{one['command']}`",
+            f"{one['samples']:,}",
+            f"{clock(one['seconds_at_median_speed'])} at {one['samples_per_second']} a second",
+            one["hardware"],
+            one["version"],
+            scores,
+        ]
+        rows.append(f"| {' | '.join(cells)} |\n")
+    (root / "README.md").write_text(_HEAD + "".join(rows))
+
+
+def _processor() -> str:
+    """The machine's processor, in words."""
+    file = pathlib.Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return (
+        f"{len(names)} cores of {names[0]}"
+        if names
+        else platform.processor() or "processor unknown"
+    )
+
+
+def _version() -> str:
+    """Of the package, and the commit where it runs from a checkout."""
+    folder = pathlib.Path(__file__).parent
+    command = ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return wemmu_jax.__version__
+    return f"{wemmu_jax.__version__} at {commit}"
