@@ -13,6 +13,7 @@ from typing import Any
 import ml_collections
 
 from configs.tiny import get_config as tiny_config
+from configs.tiny import shortened
 from wemmu_jax.training.curriculum import ALL_BUT_VLM_LEARN
 
 # Arm -> fields of the bridge. The paper's first three settings have no VAE branch (4.3.1).
@@ -161,8 +162,8 @@ def get_config(name: str) -> ml_collections.ConfigDict:
     config.update_from_flattened_dict(dict(phase.changes))
     config.data.buckets = budget.buckets
     steps = budget.steps[parts[3]]
-    config.optimizer.steps, config.optimizer.warmup = steps, min(50, steps // 4)
-    config.paper.steps, config.paper.batch = steps, config.batch.rows * config.batch.micro_batches
+    shortened(config, steps)
+    config.paper.batch = config.batch.rows * config.batch.micro_batches
     # The last step is looked at as well: eight times in a long phase, once in a short one.
     validate = max(4, steps // 8)
     config.every.update({"log": 25, "checkpoint": 100, "validate": validate, "sample": 0})

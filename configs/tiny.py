@@ -1,4 +1,4 @@
-"""The four stages on the tiny preset and on miniworld: minutes on two cores.
+"""The four stages on the tiny preset and on miniworld: about an hour each on two cores.
 
     wemmu train --config configs/tiny.py:stage1 --init CONVERTED --workdir runs/tiny/stage1
 
@@ -10,7 +10,7 @@ import ml_collections
 from configs.wemmu_3b import get_config as paper_config
 from wemmu_jax.tiny.backbones import BRIDGE
 
-STEPS = 50
+STEPS = {"stage1": 1500, "stage2": 3000, "stage3": 4000, "stage4": 3000}
 
 
 def _miniworld(split: str, size: int) -> list[dict]:
@@ -46,10 +46,19 @@ def get_config(stage: str) -> ml_collections.ConfigDict:
     data.threads = 2
     config.batch.rows, config.batch.micro_batches = 8, 2
     config.paper.batch = config.batch.rows * config.batch.micro_batches
-    config.paper.steps = STEPS
-    config.optimizer.steps, config.optimizer.warmup = STEPS, 5
+    config.paper.steps = config.optimizer.steps = STEPS[stage]
+    config.optimizer.warmup = 100
     config.optimizer.learning_rate = 1e-3 if stage in ("stage1", "stage2") else 5e-4
+    config.optimizer.ema = 0.998
     config.mesh.fsdp = 1
     config.validation_rows = 16
-    config.every.update({"log": 10, "checkpoint": 25, "validate": 25, "sample": STEPS})
+    config.every.update({"log": 50, "checkpoint": 250, "validate": 500, "sample": 500})
+    return config
+
+
+def shortened(config: ml_collections.ConfigDict, steps: int) -> ml_collections.ConfigDict:
+    """The same stage in `steps` steps, a running mean of few of them."""
+    config.optimizer.steps, config.optimizer.warmup = steps, min(50, steps // 4)
+    config.optimizer.ema = 1 - 1 / max(2, steps // 20)
+    config.paper.steps = steps
     return config

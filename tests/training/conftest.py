@@ -179,6 +179,7 @@ def config_of(converted):
                 "validation_rows": 8,
                 "optimizer.steps": STEPS[stage],
                 "optimizer.warmup": 1,
+                "optimizer.ema": 0.0,
                 "every.validate": 0,
                 "every.sample": 0,
                 "every.checkpoint": 0,

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
+STEPS = 50  # of each stage
 STAGES = ("stage1", "stage2", "stage3", "stage4")
 NOTE = (
     "Everything here ran on this machine on the tiny preset. Its backbones are drawn at random and have learned "
@@ -46,24 +47,15 @@ def _use_compilation_cache(folder: pathlib.Path) -> None:
 
 def _backbones(out: pathlib.Path, say: Callable[[str], None]) -> pathlib.Path:
     from wemmu_jax.conversion.convert import convert
-    from wemmu_jax.data.prompts import RECONSTRUCTION_PROMPT
     from wemmu_jax.demo.photographs import write_photographs
-    from wemmu_jax.miniworld.sources import KINDS, MiniworldSource
+    from wemmu_jax.miniworld.conversations import corpus
     from wemmu_jax.tiny.backbones import write_backbones
 
     converted = out / "converted"
     if converted.exists():
         return converted
     say("writing tiny backbones as Hugging Face folders, and photographs")
-    sources = [MiniworldSource(kind, seed=0, size=500, split="train") for kind in KINDS]
-    texts = [source[i].text for source in sources for i in range(len(source))]
-    texts += [
-        "system\nYou are a helpful assistant.",
-        "user\n",
-        "assistant\n",
-        RECONSTRUCTION_PROMPT,
-    ] * 100
-    write_backbones(out / "huggingface", texts, seed=0)
+    write_backbones(out / "huggingface", corpus(), seed=0)
     write_photographs(out / "photographs")
     say("converting them")
     convert(str(out / "huggingface/vlm"), str(out / "huggingface/sana"), str(converted))
@@ -73,19 +65,19 @@ def _backbones(out: pathlib.Path, say: Callable[[str], None]) -> pathlib.Path:
 def _train(
     out: pathlib.Path, converted: pathlib.Path, say: Callable[[str], None]
 ) -> dict[str, list[float]]:
-    from configs.tiny import get_config, photographs
+    from configs.tiny import get_config, photographs, shortened
     from wemmu_jax.training.loop import train
 
     start, losses = converted, {}
     for stage in STAGES:
         say(f"training {stage}")
-        config = get_config(stage)
+        config = shortened(get_config(stage), STEPS)
         config.init = str(start.absolute())
         config.data.sources += tuple(photographs(str((out / "photographs").absolute())))
         # A program for each bucket and arity takes ten seconds to compile, pictures on the way a minute a stage.
         if stage != STAGES[0]:
             config.data.buckets = 1
-        config.every.sample = 0
+        config.every.update({"log": 10, "checkpoint": 25, "validate": 25, "sample": 0})
         start = out / stage
         train(config, start)
         lines = (start / "metrics.jsonl").read_text().splitlines()
