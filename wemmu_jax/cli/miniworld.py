@@ -50,8 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     text = "writes what ablations found into the marked sections of a page"
     report = actions.add_parser("report", help=text, description=text, allow_abbrev=False)
-    report.add_argument("study", choices=(*STUDIES, "all"))
-    report.add_argument("--out", required=True, type=pathlib.Path, metavar="DIR", help="of ablate")
+    report.add_argument("section", choices=(*STUDIES, "all", "scores", "backbones"))
+    text = "of ablate; for scores with stage3/ and stage4/ of `wemmu evaluate`; for backbones with the card"
+    report.add_argument("--out", required=True, type=pathlib.Path, metavar="DIR", help=text)
     report.add_argument("--budget", choices=("smoke", "full"), default="smoke")
     report.add_argument("--page", type=pathlib.Path, default=pathlib.Path("docs/miniworld.md"))
     report.set_defaults(act=_report)
@@ -85,8 +86,14 @@ def _ablate(args: argparse.Namespace) -> None:
 
 def _report(args: argparse.Namespace) -> None:
     from wemmu_jax.ablations.report import Results, report, write
+    from wemmu_jax.ablations.summary import backbones_section, scores_section
 
-    results = Results(args.out, args.budget, args.page.with_suffix(""))
-    for name in STUDIES if args.study == "all" else (args.study,):
-        write(args.page, name, report(name, results))
+    if args.section == "scores":
+        write(args.page, "scores", scores_section(args.out))
+    elif args.section == "backbones":
+        write(args.page, "backbones", backbones_section(args.out / "README.md"))
+    else:
+        results = Results(args.out, args.budget, args.page.with_suffix(""))
+        for name in STUDIES if args.section == "all" else (args.section,):
+            write(args.page, name, report(name, results))
     print(args.page)
