@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from wemmu_jax.data.pictures import cover, file_picture, open_picture, picture_size
+from wemmu_jax.data.pictures import cover, lazy_picture, open_picture, picture_size
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -200,11 +200,9 @@ def test_shrinking_is_antialiased():
     assert np.abs(small.astype(int) - 127).max() <= 3
 
 
-def test_a_file_is_decoded_once(tmp_path):
-    path = tmp_path / "a.png"
-    path.write_bytes(saved(quarters()))
-    picture = file_picture(path, (40, 60), name="a.png")
+def test_a_picture_is_read_once():
+    parts = [saved(quarters())]
+    picture = lazy_picture(parts.pop, (40, 60), name="a.png")
     assert (picture.height, picture.width) == (40, 60)
     first = picture.load(28, 28)
-    path.unlink()
     assert np.array_equal(picture.load(28, 28), first) and picture.load(32, 64).shape == (32, 64, 3)

@@ -4,8 +4,10 @@ Whatever a camera, a scanner or a paint program writes becomes 8-bit RGB as it i
 whole picture is one ValueError that names the file. Used by training and by inference.
 """
 
+import functools
 import io
 import pathlib
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -74,20 +76,11 @@ def cover(image: Image.Image, height: int, width: int) -> np.ndarray:
     return np.array(image.resize((width, height), Image.Resampling.LANCZOS, box=box))
 
 
-def file_picture(path: pathlib.Path, size: tuple[int, int], *, name: str) -> Picture:
-    """The picture in a file, whose (height, width) is known. Decoded on its first use and then kept, because a
-    source is used twice, by the ViT and by the DC-AE; a `Picture` lives no longer than its row's encoding."""
-    return Picture(*size, _FileLoader(path, name))
-
-
-class _FileLoader:
-    def __init__(self, path: pathlib.Path, name: str):
-        self._path, self._name, self._image = path, name, None
-
-    def __call__(self, height: int, width: int) -> np.ndarray:
-        if self._image is None:
-            self._image = open_picture(self._path, name=self._name)
-        return cover(self._image, height, width)
+def lazy_picture(read: Callable[[], bytes], size: tuple[int, int], *, name: str) -> Picture:
+    """The picture whose bytes `read` gives and whose (height, width) is known. Decoded on its first use and then kept,
+    because a source is used twice, by the ViT and by the DC-AE; a `Picture` lives no longer than its row's encoding."""
+    decoded = functools.cache(lambda: open_picture(read(), name=name))
+    return Picture(*size, lambda height, width: cover(decoded(), height, width))
 
 
 class _PictureError(ValueError):

@@ -68,7 +68,7 @@ def target_sizes(source: RecordSource) -> np.ndarray | None:
 
 
 def source_counts(source: RecordSource) -> np.ndarray:
-    """int32[N], the number of source pictures of each record."""
+    """int8[N], the number of source pictures of each record."""
     if hasattr(source, "source_counts"):
-        return np.asarray(source.source_counts())
-    return np.full(len(source), len(source[0].sources) if len(source) else 0, np.int32)
+        return np.asarray(source.source_counts()).astype(np.int8)
+    return np.full(len(source), len(source[0].sources) if len(source) else 0, np.int8)

@@ -129,15 +129,16 @@ def _data(
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    data = common(feeds=build_feeds(_entries(fields.sources)), rows=config.batch.rows)
+    feeds = functools.partial(build_feeds, bad_share=fields.bad_share)
+    data = common(feeds=feeds(_entries(fields.sources)), rows=config.batch.rows)
     if not fields.held_out:
         return encoder, data, None
-    held_out = common(feeds=build_feeds(_entries(fields.held_out)), rows=config.validation_rows)
+    held_out = common(feeds=feeds(_entries(fields.held_out)), rows=config.validation_rows)
     return encoder, data, held_out
 
 
-def _entries(sources: Sequence) -> list[dict]:
-    return [dict(entry) for entry in sources]
+def _entries(sources: Sequence) -> list[dict | str]:
+    return [entry if isinstance(entry, str) else dict(entry) for entry in sources]
 
 
 def leaf_dtype(path: str, stage: Stage) -> jnp.dtype:
