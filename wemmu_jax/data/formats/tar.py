@@ -10,6 +10,7 @@ import json
 import pathlib
 import tarfile
 from collections.abc import Iterator
+from typing import BinaryIO
 
 from wemmu_jax.data import storage
 from wemmu_jax.data.index import Entry, Place, Problem
@@ -53,22 +54,28 @@ class Webdataset:
         if storage.stamp(path) is None:
             yield Problem(path, "no such file")
             return
-        shard = pathlib.PurePosixPath(path).name.partition(".")[0]
         with storage.local_copy(path):
-            was_whole = True
-            for stem, members in _samples(path):
-                key = f"{shard}/{stem}"
-                gap = "; ".join(m.gap for m in members.values() if m.gap)
-                try:
-                    if stem:
-                        yield Entry(key, self._text(path, members), (_picture(path, members),))
-                except ValueError as error:
-                    was_whole = False
-                    yield Problem(key, f"{error} ({path}{': ' + gap if gap else ''})")
-                else:
-                    if gap and was_whole:  # else it is what the sample before lacks
-                        yield Problem(f"{path} before {stem or 'its end'}", gap)
-                    was_whole = True
+            try:
+                yield from self._records(path)
+            except ValueError as error:
+                yield Problem(path, str(error))
+
+    def _records(self, path: str) -> Iterator[Entry | Problem]:
+        shard = pathlib.PurePosixPath(path).name.partition(".")[0]
+        was_whole = True
+        for stem, members in _samples(path):
+            key = f"{shard}/{stem}"
+            gap = "; ".join(m.gap for m in members.values() if m.gap)
+            try:
+                if stem:
+                    yield Entry(key, self._text(path, members), (_picture(path, members),))
+            except ValueError as error:
+                was_whole = False
+                yield Problem(key, f"{error} ({path}{': ' + gap if gap else ''})")
+            else:
+                if gap and was_whole:  # else it is what the sample before lacks
+                    yield Problem(f"{path} before {stem or 'its end'}", gap)
+                was_whole = True
 
     def read(self, path: str, at: int, size: int) -> bytes:
         """Bytes of a member."""
@@ -119,15 +126,15 @@ def members(path: str) -> Iterator[Member]:
       ValueError: it is compressed.
     """
     size = storage.size_of(path)
+    if not size:
+        yield Member("", 0, -1, "an empty file, not even an empty tar")
+        return
     if storage.read(path, 0, min(size, 2)) == b"\x1f\x8b":
         raise ValueError(f"{path}: a compressed tar cannot be read at random: unpack it")
     end = 0
-    with (
-        storage.open_file(path) as file,
-        # Tolerant of broken headers: it goes on, a block at a time, until one is whole.
-        tarfile.open(fileobj=file, mode="r:", ignore_zeros=True) as tar,
-    ):
-        while True:
+    with storage.open_file(path) as file:
+        tar = _open(file, size)
+        while tar is not None:
             try:
                 info = tar.next()
             except tarfile.ReadError:
@@ -148,6 +155,17 @@ def members(path: str) -> Iterator[Member]:
                 yield Member(info.name, info.offset_data, info.size, gap)
     if tail := _gap(path, end, size):
         yield Member("", 0, -1, tail)
+
+
+def _open(file: BinaryIO, size: int) -> tarfile.TarFile | None:
+    """Tolerant of broken headers, at the beginning too: goes on, a block at a time, until one is whole."""
+    for start in range(0, size, _BLOCK):
+        file.seek(start)
+        try:
+            return tarfile.open(fileobj=file, mode="r:", ignore_zeros=True)
+        except tarfile.ReadError:
+            pass
+    return None
 
 
 def _gap(path: str, start: int, end: int) -> str:
