@@ -12,7 +12,7 @@ import os
 import pathlib
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from wemmu_jax.data import storage
@@ -81,7 +81,7 @@ def _build(
     ]
     done = len(units) - len(jobs)
     progress(done, len(units))
-    for _ in _each(_build_part, jobs, processes):
+    for _ in each(_build_part, jobs, processes):
         done += 1
         progress(done, len(units))
     finished = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
@@ -95,15 +95,20 @@ def _build(
     shutil.rmtree(building, ignore_errors=True)
 
 
-def _each(function: Callable, jobs: list, processes: int) -> Iterator[Any]:
+def each(function: Callable, jobs: Sequence[tuple], processes: int) -> Iterator[Any]:
+    """`function(*job)` for each job as they are done, in any order; in so many processes, with 0 in this one."""
     if processes == 0 or len(jobs) < 2:
         yield from (function(*job) for job in jobs)
         return
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
         futures = [pool.submit(function, *job) for job in jobs]
-        for future in concurrent.futures.as_completed(futures):
-            yield future.result()
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                yield future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _build_part(

@@ -20,7 +20,7 @@ from wemmu_jax.models.wemmu.modeling import WeMMUModel
 from wemmu_jax.rng import Stream, stream_key
 from wemmu_jax.sharding.mesh import check_rows, make_mesh
 from wemmu_jax.sharding.rules import parameter_shardings
-from wemmu_jax.training.batch import TrainBatch, on_devices, train_batch
+from wemmu_jax.training.batch import TrainBatch, on_devices, packer, train_batch
 from wemmu_jax.training.checkpoints import differences
 from wemmu_jax.training.curriculum import Stage
 from wemmu_jax.training.optimizer import count_parameters, learns, split
@@ -57,10 +57,21 @@ class Run:
         grid = model.config.query_grid(bucket.height, bucket.width)
         rows, pixels = train_batch(micro_batch, grid=grid, query_tokens=self.encoder.shapes.tokens)
         pixels = on_devices(pixels, mesh)
-        encode = functools.partial(self.trainer.encode, {"dc_ae": self.frozen["dc_ae"]})
         return on_devices(rows, mesh).replace(
-            target=encode(pixels.target), source_latents=tuple(map(encode, pixels.sources))
+            images=None if pixels.vit is None else self._pack(pixels.vit),
+            target=self._latents(pixels.target),
+            source_latents=tuple(map(self._latents, pixels.sources)),
         )
+
+    @functools.cached_property
+    def _pack(self):
+        return packer(self.encoder, self.trainer.mesh)
+
+    def _latents(self, picture: jax.Array) -> jax.Array:
+        """Pixels through the DC-AE; cached latents are what they are."""
+        if picture.dtype == jnp.uint8:
+            return self.trainer.encode({"dc_ae": self.frozen["dc_ae"]}, picture)
+        return picture.astype(jnp.float32)
 
 
 def prepare(config: ml_collections.ConfigDict) -> Run:
