@@ -76,11 +76,17 @@ def cover(image: Image.Image, height: int, width: int) -> np.ndarray:
     return np.array(image.resize((width, height), Image.Resampling.LANCZOS, box=box))
 
 
-def lazy_picture(read: Callable[[], bytes], size: tuple[int, int], *, name: str) -> Picture:
+def lazy_picture(
+    read: Callable[[], bytes],
+    size: tuple[int, int],
+    *,
+    name: str,
+    identity: tuple[int, int] | None = None,
+) -> Picture:
     """The picture whose bytes `read` gives and whose (height, width) is known. Decoded on its first use and then kept,
     because a source is used twice, by the ViT and by the DC-AE; a `Picture` lives no longer than its row's encoding."""
     decoded = functools.cache(lambda: open_picture(read(), name=name))
-    return Picture(*size, lambda height, width: cover(decoded(), height, width))
+    return Picture(*size, lambda height, width: cover(decoded(), height, width), identity)
 
 
 class _PictureError(ValueError):

@@ -66,6 +66,8 @@ class MicroBatches:
       text_lengths: what texts are padded to: the smallest that holds the longest text of the micro-batch.
       caption_template: T2I's prompt around `{caption}`.
       process_index, process_count: which contiguous slice of the rows is this process's.
+      pools: the records that can fill rows, see `gather_pools`.
+      maker: makes rows.
     """
 
     feeds: Sequence[Feed]
@@ -92,17 +94,17 @@ class MicroBatches:
                 f"the mixture must have weights >= 0, one of them above; found {self.mixture}"
             )
         mixture = {task: self.mixture[task] for task in Task if self.mixture.get(task)}
-        self._pools = gather_pools(self.feeds, mixture, self.buckets, self.rows)
+        self.pools = gather_pools(self.feeds, mixture, self.buckets, self.rows)
         self._schedule = Schedule(
-            mixture, self._pools, bucket_count=len(self.buckets), rows=self.rows, seed=self.seed
+            mixture, self.pools, bucket_count=len(self.buckets), rows=self.rows, seed=self.seed
         )
-        self._maker = RowMaker(self.feeds, self.encode_row, self.text_length, self.caption_template)
+        self.maker = RowMaker(self.feeds, self.encode_row, self.text_length, self.caption_template)
 
     def __len__(self) -> int:
         return sys.maxsize
 
     def __getitem__(self, number: int) -> MicroBatch:
-        return self._micro_batch(int(number), _Here(self._maker))
+        return self._micro_batch(int(number), _Here(self.maker))
 
     def iterate(
         self, start: int, *, workers: int = 0, threads: int = 0, prefetch: int = 0
@@ -123,10 +125,10 @@ class MicroBatches:
         return iter(grain.MapDataset.source(elements)[start:].to_iter_dataset(options))
 
     def _micro_batch(self, number: int, hands: "_Here | _Workers") -> MicroBatch:
-        plan = self._schedule.plan(number)
+        plan = self.plan(number)
         bucket = self.buckets[plan.bucket]
         # Every process looks at all texts, so that all pad to the same length without asking each other.
-        measured = hands.measure([self._candidates(plan, row) for row in range(self.rows)])
+        measured = hands.measure([self.candidates(plan, row) for row in range(self.rows)])
         length = self._padded(max(row.tokens for row in measured))
         local = self.rows // self.process_count
         first = self.process_index * local
@@ -157,17 +159,22 @@ class MicroBatches:
     def examples(self, task: Task, count: int) -> tuple[Example, ...]:
         """The examples of the first `count` rows of `fixed_batches`, not encoded and on every process alike."""
         alone = self._alone(task)
-        plans = list(map(alone._schedule.plan, range(-(-count // self.rows))))
-        rows = [alone._candidates(plan, row) for plan in plans for row in range(self.rows)]
-        made = [alone._maker.measure(row).candidates for row in rows[:count]]
-        return tuple(alone._maker.example(row.feed, row.records[0]) for row in made)
+        plans = list(map(alone.plan, range(-(-count // self.rows))))
+        rows = [alone.candidates(plan, row) for plan in plans for row in range(self.rows)]
+        made = [alone.maker.measure(row).candidates for row in rows[:count]]
+        return tuple(alone.maker.example(row.feed, row.records[0]) for row in made)
 
     def _alone(self, task: Task) -> "MicroBatches":
         return dataclasses.replace(self, mixture={task: 1.0})
 
-    def _candidates(self, plan: MicroBatchPlan, row: int) -> Candidates:
+    def plan(self, number: int) -> MicroBatchPlan:
+        """Which rows micro-batch `number` is made of."""
+        return self._schedule.plan(number)
+
+    def candidates(self, plan: MicroBatchPlan, row: int) -> Candidates:
+        """The record that is to fill a row, and those that may take its place."""
         planned: RowPlan = plan.rows[row]
-        pool = self._pools[planned.pool]
+        pool = self.pools[planned.pool]
         own = pool.record(plan.bucket, planned.use, self.seed)
         sample = plan.number * self.rows + row
         return Candidates(pool.feed, (own, *pool.substitutes(plan.bucket, sample, self.seed)))
@@ -181,9 +188,9 @@ class _Elements:
 
     def __init__(self, data: MicroBatches, count: int):
         self._data = data
-        self._hands = _Here(data._maker)
+        self._hands = _Here(data.maker)
         if count:
-            pool = workers.Workers(data._maker, count)
+            pool = workers.Workers(data.maker, count)
             self._hands = _Workers(pool, count)
             weakref.finalize(self, pool.close)
 

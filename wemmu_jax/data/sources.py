@@ -88,7 +88,12 @@ class IndexedSource:
 
     def _picture(self, found: Found) -> Picture:
         name = f"{found.place.path} at {found.place.at}" if found.place.at else found.place.path
-        return lazy_picture(lambda: self.read(found), (found.height, found.width), name=name)
+        return lazy_picture(
+            lambda: self.read(found),
+            (found.height, found.width),
+            name=name,
+            identity=(found.crc, found.place.size),
+        )
 
 
 def _miniworld(kind: str, *, seed: int, size: int, split: str) -> RecordSource:

@@ -84,6 +84,8 @@ def base_config() -> ml_collections.ConfigDict:
                 # What to train on, and what to validate on: entries of `wemmu_jax.data.sources`, or YAML files of them.
                 "sources": (),
                 "held_out": (),
+                # A folder of `wemmu data encode`, whose latents then stand for the DC-AE's pixels; empty: none.
+                "features": "",
                 # Processes that make rows; with 0, threads of this process that make micro-batches.
                 "workers": 0,
                 "threads": 4,

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from wemmu_jax.conversion.memory import flatten, nest
 from wemmu_jax.data.buckets import Bucket, make_buckets
+from wemmu_jax.data.features import Features
 from wemmu_jax.data.pipeline import MicroBatch, MicroBatches
 from wemmu_jax.data.sources import build_feeds
 from wemmu_jax.data.tasks import Task
@@ -99,7 +100,7 @@ def prepare(config: ml_collections.ConfigDict) -> Run:
     check_rows(stage.rows, mesh)
     if config.data.held_out:
         check_rows(config.validation_rows, mesh)
-    encoder, data, held_out = _data(config, origin, model.config)
+    encoder, data, held_out = prepare_data(config, origin, model.config)
     trainable, frozen = _weights(origin, model, stage, mesh)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), trainable)
     trainer = Trainer(model, stage, mesh, abstract)
@@ -122,13 +123,21 @@ def stage_sizes(
     return buckets, grids
 
 
-def _data(
+def prepare_data(
     config: ml_collections.ConfigDict, origin: Origin, model: WeMMUConfig
 ) -> tuple[RowEncoder, MicroBatches, MicroBatches | None]:
+    """What a stage trains on and, where there is any, what it is validated on.
+
+    Raises:
+      FileNotFoundError, ValueError: as `build_feeds`, `Features` and `MicroBatches`.
+    """
     fields = config.data
     buckets, grids = stage_sizes(config, model)
     encoder = RowEncoder.load(origin.backbones_folder, model)
     encoder = encoder.sized(grids, multiple=fields.pad_multiple)
+    if fields.features:
+        cached = Features(fields.features, model=origin.backbones.fingerprint)
+        encoder = dataclasses.replace(encoder, features=cached)
     common = functools.partial(
         MicroBatches,
         mixture={Task(name): weight for name, weight in fields.mixture.items()},

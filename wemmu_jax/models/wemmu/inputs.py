@@ -13,6 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from wemmu_jax.data.features import Features
+from wemmu_jax.data.records import Picture
 from wemmu_jax.files import read_object
 from wemmu_jax.models.qwen2_5_vl.images import pack_images, pack_pixels, patchify, slots_needed
 from wemmu_jax.models.qwen2_5_vl.prompt import PromptEncoder
@@ -60,6 +62,7 @@ class RowEncoder:
       mean, std: of the ViT's input, for each channel.
       pixel_limits: fewest and most pixels of a picture in a chat.
       shapes: static paddings.
+      features: cached latents, which then stand where the DC-AE's pixels would.
     """
 
     config: WeMMUConfig
@@ -68,6 +71,7 @@ class RowEncoder:
     std: tuple[float, ...]
     pixel_limits: tuple[int, int]
     shapes: Shapes = Shapes(tokens=0, slots=0)
+    features: Features | None = None
 
     @classmethod
     def load(cls, folder: str | pathlib.Path, config: WeMMUConfig) -> "RowEncoder":
@@ -164,16 +168,24 @@ class RowEncoder:
         prompt = self._cut_prompt(example.text, (grid,) * count, limit=text_length)
         row = self.prompt_row(prompt, text_length=text_length, sources=count)
         row["cut"] = np.int32(prompt.cut)
-        row["target"] = example.target.load(bucket.height, bucket.width)
+        # What the DC-AE reads, or what it made of it.
+        encoded = _pixels if self.features is None else self.features.latents
+        row["target"] = encoded(example.target, bucket.height, bucket.width)
         row["picture_id"] = picture_id(row["target"])
         if count:
             vit_size, vae_size = self.source_sizes(grid)
             row["vit_pixels"] = np.stack([source.load(*vit_size) for source in example.sources])
-            row["source_pixels"] = np.stack([source.load(*vae_size) for source in example.sources])
+            row["source_pixels"] = np.stack(
+                [encoded(source, *vae_size) for source in example.sources]
+            )
         return row
 
     def _cut_prompt(self, text: str, grids: tuple[tuple[int, int], ...], limit: int = TEXT_LIMIT):
         return self.prompt(text, grids, overflow="cut", limit=min(limit, TEXT_LIMIT))
+
+
+def _pixels(picture: Picture, height: int, width: int) -> np.ndarray:
+    return picture.load(height, width)
 
 
 def picture_id(pixels: np.ndarray) -> np.uint32:
