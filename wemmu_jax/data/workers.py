@@ -10,14 +10,18 @@ import ctypes
 import mmap
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import forkserver
 from typing import Any
 
 import numpy as np
 
+from wemmu_jax.data import nursery
 from wemmu_jax.data.buckets import Bucket
 from wemmu_jax.data.rows import Candidates, Measured, Row, RowMaker
 
@@ -36,9 +40,13 @@ class Workers:
     """A pool of processes with a `RowMaker` each; started when there is something to do."""
 
     def __init__(self, maker: RowMaker, count: int):
-        self._maker, self._count = maker, count
+        self._count = count
         self._lock = threading.Lock()
         self._pool: concurrent.futures.ProcessPoolExecutor | None = None
+        # In memory, by a name that other processes know and that goes with this one.
+        self._file = os.fdopen(os.memfd_create("rows"), "wb")
+        pickle.dump(maker, self._file)
+        self._file.flush()
 
     def run(self, function: Callable, jobs: Sequence[tuple]) -> list[Any]:
         """`function(*job)`, one of those below, for each job; results in the jobs' order.
@@ -66,6 +74,7 @@ class Workers:
     def close(self) -> None:
         """Ends the processes."""
         self._drop(self._pool)
+        self._file.close()
 
     @property
     def processes(self) -> list[int]:
@@ -75,11 +84,16 @@ class Workers:
     def _running(self) -> concurrent.futures.ProcessPoolExecutor:
         with self._lock:
             if self._pool is None:
-                # Not fork: this process has jax's threads. The server imports what workers need once for all of them.
+                # Not fork: this process has jax's threads. The server holds what workers need once for all of them.
+                # Descriptors' numbers come again, so a name has a number of its own.
+                name = f"{uuid.uuid4()} /proc/{os.getpid()}/fd/{self._file.fileno()}"
                 context = multiprocessing.get_context("forkserver")
-                context.set_forkserver_preload([__name__, type(self._maker).__module__])
+                context.set_forkserver_preload([nursery.__name__])
+                os.environ[nursery.VARIABLE] = name
+                forkserver.ensure_running()
+                del os.environ[nursery.VARIABLE]
                 self._pool = concurrent.futures.ProcessPoolExecutor(
-                    self._count, context, initializer=_start, initargs=(self._maker,)
+                    self._count, context, initializer=_start, initargs=(name,)
                 )
             return self._pool
 
@@ -90,9 +104,9 @@ class Workers:
                 self._pool = None
 
 
-def _start(maker: RowMaker) -> None:
+def _start(name: str) -> None:
     global _maker
-    _maker = maker
+    _maker = nursery.maker if nursery.name == name else nursery.load(name)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair
     ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
 
