@@ -94,6 +94,22 @@ def test_any_number_of_processes(whole, count):
         assert same(joined, whole[number])
 
 
+def test_hosts_with_workers_from_the_middle_of_an_epoch(whole):
+    """Two hosts, one with workers and one with threads, from micro-batch 11 on."""
+    hands = ({"workers": 2}, {"threads": 2})
+    reads = [
+        batches(process_index=index, process_count=2).iterate(11, **own, prefetch=3)
+        for index, own in enumerate(hands)
+    ]
+    for expected in whole[11:20]:
+        parts = [next(read) for read in reads]
+        assert tuple(itertools.chain(*(part.keys for part in parts))) == expected.keys
+        for name, array in expected.arrays.items():
+            np.testing.assert_array_equal(
+                np.concatenate([part.arrays[name] for part in parts]), array
+            )
+
+
 @pytest.mark.parametrize(
     "hands", [{}, {"threads": 1}, {"threads": 4}, {"workers": 1}, {"workers": 4}], ids=str
 )

@@ -29,7 +29,12 @@ def test_examples():
         assert example.sources == (any_record.target,)
     for task, used in [(Task.S_EDIT, edit), (Task.M_EDIT, both)]:
         example = make_example(task, used)
-        assert (example.text, example.sources) == (used.text, used.sources)
+        assert example.text == used.text
+        sizes = [(picture.height, picture.width) for picture in used.sources]
+        assert [(shown.height, shown.width) for shown in example.sources] == sizes
+        assert (example.sources == used.sources) == (task is Task.S_EDIT), (
+            "compositions are shown whole"
+        )
         assert arity(task, used) == len(used.sources) and example.task is task
     for task, wrong in [
         (Task.T2I, edit),

@@ -35,8 +35,8 @@ def feature_key(picture: Picture, height: int, width: int) -> int:
     """
     if picture.identity is None:
         raise ValueError("a picture that is drawn anew each time has no cached latents")
-    crc, size = picture.identity
-    return crc << 32 | zlib.crc32(f"{size} {height} {width}".encode())
+    crc, *rest = picture.identity
+    return crc << 32 | zlib.crc32(f"{rest} {height} {width}".encode())
 
 
 class Features:

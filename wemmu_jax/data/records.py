@@ -20,13 +20,13 @@ class Picture:
         because it is drawn at whatever size is asked for.
       load: `load(height, width)` -> uint8[height, width, 3], RGB, exactly of that size. A picture with a size of
         its own is scaled to cover the asked one and cropped at its centre, no more than the aspect asks.
-      identity: (CRC-32, size) of its bytes; None when it has none, because it is drawn.
+      identity: CRC-32 and size of its bytes, and how it is shown if not as `load` says; None when it is drawn.
     """
 
     height: int | None
     width: int | None
     load: Callable[[int, int], np.ndarray]
-    identity: tuple[int, int] | None = None
+    identity: tuple | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ import enum
 import numpy as np
 
 from wemmu_jax.data import prompts
+from wemmu_jax.data.pictures import shown_whole
 from wemmu_jax.data.records import Picture, Record
 
 
@@ -83,6 +84,8 @@ def make_example(
             text, sources = prompts.UNCONDITIONAL_PROMPT, ()
         case Task.REC:
             text, sources = prompts.RECONSTRUCTION_PROMPT, (record.target,)
-        case Task.S_EDIT | Task.M_EDIT:
+        case Task.S_EDIT:
             text, sources = record.text, record.sources
+        case Task.M_EDIT:
+            text, sources = record.text, tuple(map(shown_whole, record.sources))
     return Example(task, text, sources, record.target, record.key)

@@ -20,7 +20,7 @@ from wemmu_jax.data import features
 from wemmu_jax.data.indexing import Progress
 from wemmu_jax.data.pipeline import MicroBatches
 from wemmu_jax.data.records import Picture, RecordSource
-from wemmu_jax.data.tasks import Task
+from wemmu_jax.data.tasks import Task, make_example
 from wemmu_jax.models.wemmu.config import WeMMUConfig
 from wemmu_jax.models.wemmu.inputs import RowEncoder
 from wemmu_jax.models.wemmu.modeling import WeMMUModel
@@ -38,12 +38,14 @@ class Work:
     Attributes:
       size: (height, width) in pixels.
       source: the data set.
-      picture: 0 for a record's target, n for its n-th source.
+      task: what its records are used for.
+      picture: 0 for an example's target, n for its n-th source.
       records: int[n], numbers of the records.
     """
 
     size: tuple[int, int]
     source: RecordSource
+    task: Task
     picture: int
     records: np.ndarray
 
@@ -123,18 +125,18 @@ def _parts(data: list[MicroBatches], encoder: RowEncoder) -> Iterator[Work]:
                     continue
                 grid = encoder.config.source_grid(bucket.height, bucket.width)
                 source_size = encoder.source_sizes(grid)[1]
-                # A set may be there twice, to be trained on and to be validated on.
-                places = {((bucket.height, bucket.width), 0)}
+                places = [((bucket.height, bucket.width), Task.UNCOND, 0)]
                 if pool.task is Task.REC:
-                    places.add((source_size, 0))
+                    places.append((source_size, Task.UNCOND, 0))
                 elif pool.arity:
-                    places |= {(source_size, n) for n in range(1, pool.arity + 1)}
-                for size, picture in places:
-                    wanted.setdefault((size, source, picture), []).append(members)
-    for (size, source, picture), members in wanted.items():
+                    places += [(source_size, pool.task, n) for n in range(1, pool.arity + 1)]
+                # By the task that needs least of a record; several share what is equal.
+                for size, task, picture in places:
+                    wanted.setdefault((size, source, task, picture), []).append(members)
+    for (size, source, task, picture), members in wanted.items():
         records = np.unique(np.concatenate(members))
         for start in range(0, len(records), PART):
-            yield Work(size, source, picture, records[start : start + PART])
+            yield Work(size, source, task, picture, records[start : start + PART])
 
 
 def _encode_part(work: Work, encode, batch: int, pool) -> tuple[list[int], list[np.ndarray], int]:
@@ -153,8 +155,8 @@ def _encode_part(work: Work, encode, batch: int, pool) -> tuple[list[int], list[
 
 def _load(work: Work, number: int) -> tuple[int, np.ndarray] | None:
     try:
-        record = work.source[number]
-        picture: Picture = (record.target, *record.sources)[work.picture]
+        example = make_example(work.task, work.source[number])
+        picture: Picture = (example.target, *example.sources)[work.picture]
         return features.feature_key(picture, *work.size), picture.load(*work.size)
     except (ValueError, OSError):
         return None  # training finds it bad again, and says so
