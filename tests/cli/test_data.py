@@ -9,6 +9,7 @@ import yaml
 from PIL import Image
 
 from wemmu_jax.cli.main import main
+from wemmu_jax.data.prompts import DESCRIPTION_PROMPT
 from wemmu_jax.data.sources import build_source
 from wemmu_jax.inference import captioning
 
@@ -166,7 +167,7 @@ def test_captions_are_what_the_model_says_of_each_picture(
     assert len(squares) > 5
     for key in squares[:3]:
         picture = photos.parent / key.split(":")[1]
-        said = model.chat(captioning.PROMPT, images=[picture], max_new_tokens=6)
+        said = model.chat(DESCRIPTION_PROMPT, images=[picture], max_new_tokens=6)
         assert rows[key] == said.strip()
     recaptioned = source_of(photos, captions=f"{folder}/captions-?????-of-?????.jsonl")
     found = {r.key: r.text for r in map(recaptioned.__getitem__, range(len(recaptioned)))}

@@ -9,6 +9,7 @@ import yaml
 from PIL import Image
 
 from wemmu_jax.data.buckets import make_buckets
+from wemmu_jax.data.formats import lists
 from wemmu_jax.data.pools import gather_pools
 from wemmu_jax.data.sources import build_feeds, build_source
 from wemmu_jax.data.tasks import Task
@@ -202,3 +203,34 @@ def test_a_bad_value_of_a_folder_is_named(folder, change):
     (key,) = change
     with pytest.raises(ValueError, match=f"data set .*: {key} must be .*; found"):
         build_source({"type": "folder", "folder": str(folder), **change})
+
+
+def test_a_build_that_was_stopped_goes_on(folder, monkeypatch):
+    write(folder, *[{**CAPTION, "caption": f"flag {n}"} for n in range(10)])
+    monkeypatch.setattr(lists, "CHUNK", 4)
+    scanned, scan = [], lists.Folder.scan
+
+    def stopped(self, unit):
+        if len(scanned) == 2:
+            raise KeyboardInterrupt
+        scanned.append(unit[2])
+        return scan(self, unit)
+
+    monkeypatch.setattr(lists.Folder, "scan", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        photos(folder)
+    monkeypatch.setattr(
+        lists.Folder, "scan", lambda self, unit: (scanned.append(unit[2]), scan(self, unit))[1]
+    )
+    source = photos(folder)
+    assert scanned == [0, 4, 8], "what was done is not done again"
+    assert [record.text for record in map(source.__getitem__, range(10))] == [
+        f"flag {n}" for n in range(10)
+    ]
+    assert [record.key.split(":")[0] for record in map(source.__getitem__, range(10))] == [
+        str(n) for n in range(1, 11)
+    ]
+    siblings = [
+        path.name for path in source.index.folder.parent.glob(f"{source.index.folder.name}*")
+    ]
+    assert siblings == [source.index.folder.name], "nothing half built is left"

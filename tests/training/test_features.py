@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.training.conftest import watched
 from wemmu_jax.data.features import Features, feature_key
 from wemmu_jax.data.pipeline import MicroBatches
 from wemmu_jax.training import features
@@ -131,3 +132,18 @@ def test_latents_of_other_weights_are_refused(encoded, config, tmp_path):
 def test_what_is_drawn_has_none(config_of, tmp_path):
     with pytest.raises(ValueError, match="its pictures are drawn, not stored"):
         encode(config_of("stage3"), tmp_path)
+
+
+def test_a_run_on_them_with_workers_keeps_a_ledger(encoded, config, tmp_path):
+    config = with_features(config, encoded[0])
+    config.data.workers, config.data.bad_share, config.optimizer.steps = 2, 0.1, 2
+    seen = watched(config, tmp_path)
+    alone = [seen.run.data[number] for number in range(4)]
+    assert seen.keys == [key for batch in alone for key in batch.keys]
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    replaced = sum(row.get("train/records_replaced", 0) for row in rows)
+    assert replaced == sum(len(batch.bad) for batch in alone) > 0
+    [line] = (tmp_path / "ledger/00000.jsonl").read_text().splitlines()
+    found = json.loads(line)
+    assert (found["data_set"], found["key"]) == ("photos", "4:3.jpg")
+    assert "no latents" in found["reason"] or "cannot be decoded" in found["reason"]

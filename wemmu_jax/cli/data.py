@@ -171,13 +171,14 @@ def _encode(args: argparse.Namespace) -> None:
 
 
 def _caption(args: argparse.Namespace) -> None:
-    from wemmu_jax.inference.captioning import PROMPT, Captioner, caption_records
+    from wemmu_jax.data.prompts import DESCRIPTION_PROMPT
+    from wemmu_jax.inference.captioning import Captioner, caption_records
 
     sources = list(_sources(args, processes=0))
     captioner = Captioner(
         args.init,
         dtype=args.dtype,
-        prompt=args.prompt or PROMPT,
+        prompt=args.prompt or DESCRIPTION_PROMPT,
         resolution=args.resolution,
         batch=args.batch,
         max_new_tokens=args.max_new_tokens,

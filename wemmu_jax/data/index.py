@@ -20,6 +20,7 @@ import json
 import mmap
 import pathlib
 import shutil
+import uuid
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
@@ -172,8 +173,7 @@ class Index:
 
 def write_part(format: Format, entries: Iterable[Entry | Problem], folder: pathlib.Path) -> None:
     """Reads and measures every picture of `entries` and writes them as an index of their own, whole or not at all."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = folder.with_name(f"{folder.name}.partial-{uuid.uuid4()}")
     partial.mkdir(parents=True)
     sizes, source_counts, records, pictures = [], [], [], []
     names: dict[str, int] = {}
@@ -205,12 +205,21 @@ def write_part(format: Format, entries: Iterable[Entry | Problem], folder: pathl
     }
     for name, column in columns.items():
         np.save(partial / f"{name}.npy", column)
-    partial.rename(folder)
+    settle(partial, folder)
+
+
+def settle(partial: pathlib.Path, folder: pathlib.Path) -> None:
+    """Gives a finished folder its name, unless another process was faster with the same."""
+    try:
+        partial.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+        shutil.rmtree(partial)
 
 
 def merge_parts(parts: Sequence[pathlib.Path], folder: pathlib.Path, meta: dict[str, Any]) -> None:
     """Writes the parts, in their order, as one index, whole or not at all."""
-    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     lengths = {name: [len(_load(p / f"{name}.npy")) for p in parts] for name in _COLUMNS}
     totals = {name: sum(each) for name, each in lengths.items()}

@@ -12,12 +12,22 @@ import os
 import pathlib
 import shutil
 import sys
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from wemmu_jax.data import storage
 from wemmu_jax.data.captions import load_captions
-from wemmu_jax.data.index import VERSION, Entry, Format, Index, Problem, merge_parts, write_part
+from wemmu_jax.data.index import (
+    VERSION,
+    Entry,
+    Format,
+    Index,
+    Problem,
+    merge_parts,
+    settle,
+    write_part,
+)
 
 Progress = Callable[[int, int], None]  # units done, units in all
 
@@ -59,7 +69,12 @@ def open_index(
     if not (folder / "meta.json").exists():
         if progress is None:
             print(f"reading {_named(format)} to index it: {folder}", file=sys.stderr, flush=True)
-        _build(format, captions, folder, processes, progress or (lambda done, total: None))
+        try:
+            _build(format, captions, folder, processes, progress or (lambda done, total: None))
+        except OSError:
+            # Hosts that share the folder may build together; who is done first takes the parts away.
+            if not (folder / "meta.json").exists():
+                raise
     return Index(folder)
 
 
@@ -70,7 +85,6 @@ def _build(
     processes: int,
     progress: Progress,
 ) -> None:
-    # Hosts that share the folder may both build; each has a place of its own unless it is the same process name.
     building = folder.with_name(folder.name + ".building")
     units = list(format.units())
     parts = [building / f"{number:06}" for number in range(len(units))]
@@ -84,14 +98,11 @@ def _build(
     for _ in each(_build_part, jobs, processes):
         done += 1
         progress(done, len(units))
-    finished = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     if not parts:
         raise ValueError(f"{_named(format)}: nothing to read")
+    finished = folder.with_name(f"{folder.name}.partial-{uuid.uuid4()}")
     merge_parts(parts, finished, {"format": _named(format)})
-    try:
-        finished.rename(folder)
-    except OSError:  # another process was faster, with the same
-        shutil.rmtree(finished)
+    settle(finished, folder)
     shutil.rmtree(building, ignore_errors=True)
 
 

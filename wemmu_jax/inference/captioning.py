@@ -18,6 +18,7 @@ import numpy as np
 from wemmu_jax.conversion.memory import nest
 from wemmu_jax.data.buckets import Bucket, make_buckets, nearest_indices
 from wemmu_jax.data.indexing import Progress
+from wemmu_jax.data.prompts import DESCRIPTION_PROMPT
 from wemmu_jax.data.sources import IndexedSource
 from wemmu_jax.inference.sampling import Sampler
 from wemmu_jax.models.qwen2_5_vl.decode import Sampling
@@ -30,7 +31,6 @@ from wemmu_jax.sharding.rules import replicated, rows_sharding
 from wemmu_jax.training.origin import Origin
 
 PART = 2048  # records
-PROMPT = "Describe this image in detail."
 
 
 class Captioner:
@@ -41,7 +41,7 @@ class Captioner:
         checkpoint: str | pathlib.Path,
         *,
         dtype: jnp.dtype = jnp.bfloat16,
-        prompt: str = PROMPT,
+        prompt: str = DESCRIPTION_PROMPT,
         resolution: int = 512,
         batch: int = 32,
         max_new_tokens: int = 256,
