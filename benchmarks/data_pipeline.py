@@ -40,7 +40,7 @@ from wemmu_jax.models.wemmu.published import published_wemmu
 
 MIXTURE = {Task.REC: 50.0, Task.T2I: 47.0, Task.UNCOND: 3.0}
 TEXT_LENGTH = 128
-# Samples of the stage, chip-hours of a v5p at 50% MFU (see the arithmetic): what 128 chips in hosts of 4 eat.
+# Samples of the stage, and the chip-hours that its FLOPs take on v5p at 50% MFU.
 STAGES = {"stage 1": (512, 79.4e6, 1343.0), "stage 3": (1024, 19.9e6, 1720.0)}
 CHIPS, CHIPS_A_HOST = 128, 4
 

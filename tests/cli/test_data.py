@@ -102,7 +102,7 @@ def test_show_draws_samples_with_their_prompts(wemmu, photos, converted, tmp_pat
     assert re.search(r"T2I<br>.*<br>\d+ x \d+<br>[1-9]\d* tokens", text)
     words = [
         "--count",
-        16,
+        80,
         "--init",
         converted,
         f"--config.data.sources=[{json.dumps(str(photos))}]",

@@ -225,6 +225,19 @@ def test_a_text_that_replaces_another_fits():
         assert max(2 * int(key.split("/")[1]) for key in batch.keys) <= batch.text_length
 
 
+def test_where_no_text_fits_one_is_cut():
+    class Long(Sized):
+        def __getitem__(self, index):
+            text = "x" * (100 if index == 7 else 5000)
+            return dataclasses.replace(super().__getitem__(index), text=text)
+
+    fed = [Feed("t", Task.T2I, Long([(512, 512)] * 8, [0] * 8))]
+    made = batches(feeds=fed, mixture={Task.T2I: 1}, encode_row=picky, rows=1, text_length=len_text)
+    [batch] = [batch for batch in map(made.__getitem__, range(8)) if batch.bad]
+    assert batch.text_length == 128 and batch.keys[0] != "t/7"
+    assert [one.key for one in batch.bad] == ["7"] * len(batch.bad)
+
+
 def len_text(example):
     return len(example.text)
 

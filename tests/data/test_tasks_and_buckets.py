@@ -1,5 +1,7 @@
 """Tasks of records, and sizes of pictures."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -46,6 +48,10 @@ def test_examples():
             ValueError, match=f"'k' with . source picture.* cannot serve task {task.value}"
         ):
             make_example(task, wrong)
+    mute = dataclasses.replace(edit, text="")
+    assert make_example(Task.REC, mute).sources == (mute.target,)
+    with pytest.raises(ValueError, match="'k' has no text and cannot serve task S-Edit"):
+        make_example(Task.S_EDIT, mute)
     with pytest.raises(ValueError, match="exactly once"):
         make_example(Task.T2I, plain, caption_template="a picture")
     assert [task.value for task in Task] == ["T2I", "Uncond", "Rec", "S-Edit", "M-Edit"]

@@ -2,7 +2,7 @@
 
 A record that cannot be used is replaced by the next of its row's candidates, which are a pure function of the sample
 number. Every host must pad a micro-batch to the same text length without reading the others' pictures; so the length
-is settled by the texts alone, and what later replaces a record with a bad picture has a text that fits.
+is settled by the texts alone, and what later replaces a record with a bad picture has a text that fits, if any has.
 """
 
 import dataclasses
@@ -85,21 +85,34 @@ class RowMaker:
         raise ValueError(_all_bad(bad))
 
     def make(self, candidates: Candidates, bucket: Bucket, length: int) -> Row:
-        """The row of the first candidate that can be read; those after the first only where their text fits.
+        """The row of the first candidate that can be read; after the first one, those whose text fits come before
+        those whose text `encode_row` will cut.
 
         Raises:
           ValueError: none can be; names them.
         """
+        first, *others = candidates.records
         bad: list[Bad] = []
-        for place, record in enumerate(candidates.records):
+        too_long: list[int] = []
+
+        def tried(record: int, *, fits: bool) -> Row | None:
             try:
                 example = self.example(candidates.feed, record)
-                if place and self.text_length(example) > length:
-                    continue
+                if fits and self.text_length(example) > length:
+                    too_long.append(record)
+                    return None
                 key = f"{self.feeds[candidates.feed].name}/{example.key}"
                 return Row(key, self.encode_row(example, bucket, length), tuple(bad))
             except (ValueError, OSError) as error:
                 bad.append(self._bad(candidates.feed, record, error))
+                return None
+
+        if row := tried(first, fits=False):
+            return row
+        for fits, records in ((True, others), (False, too_long)):
+            for record in records:
+                if row := tried(record, fits=fits):
+                    return row
         raise ValueError(_all_bad(bad))
 
     def example(self, feed: int, record: int) -> Example:
