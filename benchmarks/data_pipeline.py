@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import functools
 import io
+import itertools
 import multiprocessing
 import os
 import pathlib
@@ -243,10 +244,8 @@ def bare(bench: Bench, processes: int) -> Iterator[int]:
     source = bench.data().feeds[0].source
     vit, vae = bench.source_sizes
     target = (bench.bucket.height, bench.bucket.width)
-    jobs = (
-        (number % len(source), (target, vit, vae) if number % 2 == 0 else (target,))
-        for number in range(10**9)
-    )
+    sizes = ((target, vit, vae), (target,))
+    jobs = ((number % len(source), sizes[number % 2]) for number in itertools.count())
     context = multiprocessing.get_context("spawn")
     with context.Pool(processes, _remember, (source,)) as pool:
         for _ in pool.imap(_decode, jobs, chunksize=4):

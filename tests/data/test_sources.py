@@ -150,6 +150,7 @@ def test_config_entries(folder):
     for spec, message in [
         ({**entry, "type": "webfolder"}, "type must be one of webdataset, .*; found 'webfolder'"),
         ({"folder": "x"}, "found None"),
+        ({**entry, "captions": 3}, "captions must be paths; found 3"),
         ({**entry, "knid": "edit"}, "knid"),
         ({"type": "folder"}, "'folder'"),
     ]:

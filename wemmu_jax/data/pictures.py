@@ -77,7 +77,7 @@ def cover(image: Image.Image, height: int, width: int) -> np.ndarray:
     crop_width = min(width / scale, image.width)
     top, left = (image.height - crop_height) / 2, (image.width - crop_width) / 2
     box = (left, top, left + crop_width, top + crop_height)
-    return np.array(image.resize((width, height), Image.Resampling.LANCZOS, box=box))
+    return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS, box=box))
 
 
 def shown_whole(picture: Picture) -> Picture:

@@ -125,6 +125,8 @@ def build_source(
             f"data set {dict(spec)}: type must be one of {', '.join([*FORMATS, 'miniworld'])}; found {kind!r}"
         )
     captions = arguments.pop("captions", ())
+    if not isinstance(captions, str | list | tuple):
+        raise ValueError(f"data set {dict(spec)}: captions must be paths; found {captions!r}")
     format = _call(FORMATS[kind], arguments, spec)
     index = open_index(format, captions, processes=processes, progress=progress)
     source = IndexedSource(format, index)
