@@ -23,12 +23,9 @@ def _miniworld(split: str, size: int) -> list[dict]:
 
 
 def photographs(folder: str) -> list[dict]:
-    """Data entries of a folder of photographs, see `wemmu_jax.data.sources.FolderSource`."""
-    common = {"type": "folder", "folder": folder, "weight": 0.25}
-    return [
-        {"name": "photographs", "tasks": ("T2I", "Rec"), "kind": "caption", **common},
-        {"name": "photograph edits", "tasks": ("S-Edit",), "kind": "edit", **common},
-    ]
+    """The data entry of a folder of photographs, see `wemmu_jax.data.formats.lists.Folder`."""
+    entry = {"name": "photographs", "tasks": ("T2I", "Rec", "S-Edit"), "weight": 0.25}
+    return [{**entry, "type": "folder", "folder": folder}]
 
 
 def get_config(stage: str) -> ml_collections.ConfigDict:

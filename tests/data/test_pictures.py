@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from wemmu_jax.data.pictures import cover, file_picture, open_picture, picture_size
+from wemmu_jax.data.pictures import cover, lazy_picture, open_picture, picture_size, shown_whole
+from wemmu_jax.data.records import Picture
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -200,11 +201,35 @@ def test_shrinking_is_antialiased():
     assert np.abs(small.astype(int) - 127).max() <= 3
 
 
-def test_a_file_is_decoded_once(tmp_path):
-    path = tmp_path / "a.png"
-    path.write_bytes(saved(quarters()))
-    picture = file_picture(path, (40, 60), name="a.png")
+def test_a_picture_is_read_once():
+    parts = [saved(quarters())]
+    picture = lazy_picture(parts.pop, (40, 60), name="a.png")
     assert (picture.height, picture.width) == (40, 60)
     first = picture.load(28, 28)
-    path.unlink()
     assert np.array_equal(picture.load(28, 28), first) and picture.load(32, 64).shape == (32, 64, 3)
+
+
+@pytest.mark.parametrize(
+    ("size", "asked", "inside"),
+    [
+        ((40, 60), (40, 64), (slice(0, 40), slice(0, 64))),  # 6% cropped
+        ((40, 60), (48, 48), (slice(8, 40), slice(0, 48))),
+        ((60, 40), (48, 48), (slice(0, 48), slice(8, 40))),
+        ((10, 3000), (32, 64), (slice(15, 16), slice(0, 64))),
+    ],
+)
+def test_pictures_of_a_composition_are_whole(size, asked, inside):
+    data = saved(Image.new("RGB", size[::-1], RED))
+    picture = lazy_picture(lambda: data, size, name="a.png", identity=(1, 2))
+    whole = shown_whole(picture)
+    pixels = whole.load(*asked)
+    assert pixels.shape == (*asked, 3) and (pixels[inside] == RED).all()
+    rest = np.ones(asked, bool)
+    rest[inside] = False
+    assert (pixels[rest] == WHITE).all()
+    assert (whole.height, whole.width) == size and whole.identity != picture.identity
+
+
+def test_a_drawn_picture_fills_every_size():
+    drawn = Picture(None, None, lambda height, width: np.zeros((height, width, 3), np.uint8))
+    assert shown_whole(drawn) is drawn

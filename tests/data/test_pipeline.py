@@ -1,15 +1,21 @@
-"""Micro-batches: the same samples for any number of processes and threads, and from any start."""
+"""Micro-batches: the same samples for any number of hosts, workers and threads, and from any start."""
 
 import dataclasses
 import itertools
 import json
+import os
+import signal
+import time
+from collections import Counter
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests.data.test_schedule import AnySize, Sized, feeds
+from wemmu_jax.data import workers as workers_lib
 from wemmu_jax.data.buckets import make_buckets
+from wemmu_jax.data.ledger import Ledger
 from wemmu_jax.data.pipeline import MicroBatches
 from wemmu_jax.data.pools import Feed
 from wemmu_jax.data.sources import build_feeds
@@ -88,19 +94,37 @@ def test_any_number_of_processes(whole, count):
         assert same(joined, whole[number])
 
 
-@pytest.mark.parametrize("workers", [0, 1, 4])
+def test_hosts_with_workers_from_the_middle_of_an_epoch(whole):
+    """Two hosts, one with workers and one with threads, from micro-batch 11 on."""
+    hands = ({"workers": 2}, {"threads": 2})
+    reads = [
+        batches(process_index=index, process_count=2).iterate(11, **own, prefetch=3)
+        for index, own in enumerate(hands)
+    ]
+    for expected in whole[11:20]:
+        parts = [next(read) for read in reads]
+        assert tuple(itertools.chain(*(part.keys for part in parts))) == expected.keys
+        for name, array in expected.arrays.items():
+            np.testing.assert_array_equal(
+                np.concatenate([part.arrays[name] for part in parts]), array
+            )
+
+
+@pytest.mark.parametrize(
+    "hands", [{}, {"threads": 1}, {"threads": 4}, {"workers": 1}, {"workers": 4}], ids=str
+)
 @pytest.mark.parametrize("start", [0, 37])
-def test_any_number_of_threads_from_any_start(whole, workers, start):
-    read = batches().iterate(start, workers=workers, prefetch=5)
+def test_any_number_of_hands_from_any_start(whole, hands, start):
+    read = batches().iterate(start, **hands, prefetch=5)
     for expected in whole[start : start + 20]:
         assert same(next(read), expected)
 
 
 def test_grain_state_restores(whole):
-    read = batches().iterate(10, workers=2, prefetch=3)
+    read = batches().iterate(10, threads=2, prefetch=3)
     for _ in range(4):
         next(read)
-    again = batches().iterate(10, workers=0, prefetch=0)
+    again = batches().iterate(10)
     again.set_state(read.get_state())
     assert same(next(again), whole[14])
 
@@ -138,28 +162,147 @@ def test_too_long_a_text_takes_the_longest_padding():
     assert made[0].text_length == 512
 
 
-def test_errors_name_data_set_and_record():
-    class Broken(Sized):
+class Broken(Sized):
+    """Every tenth record has no text."""
+
+    def __getitem__(self, index):
+        if index % 10 == 3:
+            raise OSError(f"no text of {index}")
+        return super().__getitem__(index)
+
+
+def picky(example, bucket, length):
+    """Every tenth record has no picture."""
+    if int(example.key) % 10 == 7:
+        raise ValueError(f"no picture of {example.key}")
+    return {**encode_row(example, bucket, length), "big": np.full((3, 5), int(example.key))}
+
+
+def broken_feeds():
+    return [
+        Feed("t", Task.T2I, Broken([(512, 512)] * 200, [0] * 200)),
+        Feed("e", Task.S_EDIT, Broken([(512, 512)] * 200, [1] * 200)),
+    ]
+
+
+def broken(**changes):
+    mixture = {Task.T2I: 1, Task.S_EDIT: 1}
+    return batches(**{"feeds": broken_feeds(), "mixture": mixture, "encode_row": picky} | changes)
+
+
+def test_bad_records_are_replaced_alike_everywhere():
+    made = broken()
+    seen = [made[number] for number in range(50)]
+    keys = [key for batch in seen for key in batch.keys]
+    assert len(keys) == 400 and not [key for key in keys if key[-1] in "37"]
+    bad = Counter(one for batch in seen for one in batch.bad)
+    for one in bad:
+        text, picture = f"no text of {one.key[7:]}", f"no picture of {one.key}"
+        assert one.reason == (text if one.key.startswith("record") else picture)
+        assert one.data_set in "te"
+    planned = {
+        f"{name}/{number}" for name in "te" for number in range(200) if number % 10 in (3, 7)
+    }
+    assert {f"{one.data_set}/{one.key.removeprefix('record ')}" for one in bad} == planned
+    assert {Counter(keys)[key] for key in keys} >= {1, 2}, "some take the place of others"
+    parts = [broken(process_index=index, process_count=4) for index in range(4)]
+    for number in range(0, 50, 7):
+        local = [part[number] for part in parts]
+        assert tuple(itertools.chain(*(part.keys for part in local))) == seen[number].keys
+        assert tuple(itertools.chain(*(part.bad for part in local))) == seen[number].bad
+
+
+def test_a_text_that_replaces_another_fits():
+    class Long(Sized):
+        def __getitem__(self, index):
+            return dataclasses.replace(super().__getitem__(index), text="x" * (2 * index))
+
+    fed = [Feed("t", Task.T2I, Long([(512, 512)] * 240, [0] * 240))]
+    made = batches(feeds=fed, mixture={Task.T2I: 1}, encode_row=picky, rows=2, text_length=len_text)
+    replaced = [batch for batch in map(made.__getitem__, range(120)) if batch.bad]
+    assert len({batch.text_length for batch in replaced}) == 3
+    for batch in replaced:
+        assert max(2 * int(key.split("/")[1]) for key in batch.keys) <= batch.text_length
+
+
+def test_where_no_text_fits_one_is_cut():
+    class Long(Sized):
+        def __getitem__(self, index):
+            text = "x" * (100 if index == 7 else 5000)
+            return dataclasses.replace(super().__getitem__(index), text=text)
+
+    fed = [Feed("t", Task.T2I, Long([(512, 512)] * 8, [0] * 8))]
+    made = batches(feeds=fed, mixture={Task.T2I: 1}, encode_row=picky, rows=1, text_length=len_text)
+    [batch] = [batch for batch in map(made.__getitem__, range(8)) if batch.bad]
+    assert batch.text_length == 128 and batch.keys[0] != "t/7"
+    assert [one.key for one in batch.bad] == ["7"] * len(batch.bad)
+
+
+def len_text(example):
+    return len(example.text)
+
+
+def test_when_nothing_can_be_used():
+    class Empty(Sized):
         def __getitem__(self, index):
             raise OSError("no such file")
 
-    broken = [Feed("bad", Task.T2I, Broken([(9, 9)] * 5, [0] * 5))]
-    with pytest.raises(ValueError, match=r"bad, record \d: no such file"):
-        batches(feeds=broken, mixture={Task.T2I: 1})[0]
+    fed = [Feed("t", Task.T2I, Empty([(9, 9)] * 5, [0] * 5))]
+    with pytest.raises(ValueError, match=r"16 records, .*\n  t/record \d: no such file"):
+        batches(feeds=fed, mixture={Task.T2I: 1})[0]
 
-    def refuse(example, bucket, length):
-        raise ValueError("a.jpg: empty (zero bytes)")
 
-    with pytest.raises(ValueError, match=r"(captions|more)/\d+: a\.jpg: empty"):
-        batches(encode_row=refuse, mixture={Task.T2I: 1})[0]
-    with pytest.raises(ValueError, match=r"(captions|more)/\d+: a\.jpg: empty"):
-        next(batches(encode_row=refuse, mixture={Task.T2I: 1}).iterate(0, workers=2, prefetch=2))
+def uneven(example, bucket, length):
+    return {"x": np.zeros(int(example.key) + 1)}
 
-    def uneven(example, bucket, length):
-        return {"x": np.zeros(int(example.key) + 1)}
 
-    with pytest.raises(ValueError, match=r"/\d+ encodes to .* but (captions|more)/\d+ to"):
-        batches(encode_row=uneven, mixture={Task.T2I: 1})[0]
+@pytest.mark.parametrize("workers", [0, 2])
+def test_rows_of_several_forms_are_an_error(workers):
+    read = batches(encode_row=uneven, mixture={Task.T2I: 1}).iterate(0, workers=workers)
+    with pytest.raises(ValueError, match=r"/\d+ encodes to .* but .* to"):
+        next(read)
+
+
+def test_the_ledger(tmp_path):
+    made = broken()
+    seen = [made[number] for number in range(50)]
+    for _ in range(2):  # a run that was killed in a line, and the one that goes on
+        ledger = Ledger(tmp_path / "ledger/0.jsonl", share=0.3)
+        assert sum(map(ledger.note, seen)) == sum(len(batch.bad) for batch in seen) > 80
+        lines = (tmp_path / "ledger/0.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        assert len(rows) == 80 and {tuple(row) for row in rows} == {("data_set", "key", "reason")}
+        with (tmp_path / "ledger/0.jsonl").open("a") as file:
+            file.write('{"data_set": "t", "k')
+    ledger = Ledger(tmp_path / "other.jsonl", share=0.05)
+    with pytest.raises(ValueError, match=r"51 of \d+ rows .*0\.05.*\n  3 x t: no picture"):
+        for batch in seen:
+            ledger.note(batch)
+
+
+def slow(example, bucket, length):
+    time.sleep(0.02)
+    return picky(example, bucket, length)
+
+
+def test_a_killed_worker_costs_nothing(monkeypatch):
+    alone, pools = broken(), []
+
+    class Watched(workers_lib.Workers):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            pools.append(self)
+
+    monkeypatch.setattr(workers_lib, "Workers", Watched)
+    read = broken(encode_row=slow).iterate(0, workers=2, prefetch=2)
+    [pool], killed = pools, set()
+    for number in range(12):
+        assert same(next(read), alone[number])
+        if number in (2, 5, 6):
+            worker = pool.processes[0]
+            os.kill(worker, signal.SIGKILL)
+            killed.add(worker)
+    assert len(killed) == 3 and not killed & set(pool.processes)
 
 
 def test_settings_that_cannot_be():
@@ -189,7 +332,7 @@ def test_a_folder_from_files_to_arrays(tmp_path):
     fed = build_feeds(
         [
             {"name": "photos", "tasks": ["T2I", "Rec", "Uncond"], **entry},
-            {"name": "edits", "tasks": ["S-Edit"], "kind": "edit", **entry},
+            {"name": "edits", "tasks": ["S-Edit"], **entry},
         ]
     )
 
@@ -216,8 +359,7 @@ def test_a_folder_from_files_to_arrays(tmp_path):
             assert shown is None or (batch.arrays["sources"][row, ..., 0] == shown).all()
     content = (tmp_path / "3.png").read_bytes()
     (tmp_path / "3.png").write_bytes(content[: len(content) // 2])
-    with pytest.raises(
-        ValueError, match=r"(photos|edits)/\d+:\d\.png: .*3\.png: cannot be decoded"
-    ):
-        for number in range(40):
-            made[number]
+    bad = {(one.data_set, one.key) for number in range(40) for one in made[number].bad}
+    assert bad == {("photos", "4:3.png"), ("photos", "15:3.png"), ("edits", "15:3.png")} | {
+        ("edits", "16:4.png")
+    }

@@ -1,12 +1,17 @@
-"""Folders of pictures, and config entries of data sets."""
+"""Folders of pictures, their indexes, and config entries of data sets."""
 
 import json
+import pickle
+import re
 
-import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
-from wemmu_jax.data.sources import FolderSource, build_feeds, build_source
+from wemmu_jax.data.buckets import make_buckets
+from wemmu_jax.data.formats import lists
+from wemmu_jax.data.pools import gather_pools
+from wemmu_jax.data.sources import build_feeds, build_source
 from wemmu_jax.data.tasks import Task
 
 
@@ -24,7 +29,7 @@ def folder(tmp_path):
 
 def write(folder, *lines):
     text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
-    (folder / "captions.jsonl").write_text(text, encoding="utf-8")
+    (folder / "captions.jsonl").write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
 CAPTION = {"image": "a.png", "caption": "a red flag"}
@@ -32,92 +37,120 @@ EDIT = {"image": "b.png", "instruction": "turn it", "sources": ["a.png"]}
 BOTH = {"image": "a.png", "instruction": "put them together", "sources": ["b.png", "sub/c.png"]}
 
 
-def test_kinds_are_told_by_their_sources(folder):
+def photos(folder):
+    return build_source({"type": "folder", "folder": str(folder)})
+
+
+def test_records_of_all_kinds(folder):
     turned = {"image": "turned.jpg", "caption": "schräg 斜め"}
     write(folder, CAPTION, EDIT, "", turned, BOTH, {**BOTH, "sources": ["b.png"] * 4})
-    captions, edits = FolderSource(folder), FolderSource(folder, "edit")
-    both = FolderSource(folder, "composition")
-    assert [len(source) for source in (captions, edits, both)] == [2, 1, 2]
-    assert captions.sizes().tolist() == [[40, 60], [80, 40]], "EXIF rotation counts"
-    assert both.source_counts().tolist() == [2, 4]
-    assert captions[1].text == "schräg 斜め" and captions[1].key == "4:turned.jpg"
-    assert edits[0].text == "turn it" and edits[0].target.width == 30
-    assert [source.width for source in edits[0].sources] == [60]
-    pixels = both[0].sources[1].load(28, 56)
+    source = photos(folder)
+    assert source.source_counts().tolist() == [0, 1, 0, 2, 4]
+    assert source.sizes().tolist() == [[40, 60], [50, 30], [80, 40], [40, 60], [40, 60]]
+    assert source[2].text == "schräg 斜め" and source[2].key == "4:turned.jpg"
+    assert source[1].text == "turn it" and source[1].target.width == 30
+    assert [picture.width for picture in source[1].sources] == [60]
+    pixels = source[3].sources[1].load(28, 56)
     assert pixels.shape == (28, 56, 3) and (pixels == (200, 10, 10)).all()
+    feeds = build_feeds(
+        [{"name": "a", "tasks": ["T2I", "M-Edit"], "type": "folder", "folder": str(folder)}]
+    )
+    pools = gather_pools(feeds, [Task.T2I, Task.M_EDIT], make_buckets(64, multiple=32, count=1), 1)
+    assert {(p.task, p.arity): p.members[0].tolist() for p in pools} == {
+        (Task.T2I, 0): [0, 2],
+        (Task.M_EDIT, 2): [3],
+        (Task.M_EDIT, 4): [4],
+    }
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"image": "a.png", ', "line 2: not JSON"),
-        ('["a.png"]', "line 2: expected an object, found list"),
-        ({"image": "a.png"}, r"line 2: expected the keys .*caption.*found \{image\}"),
-        ({**CAPTION, "captoin": "x"}, "line 2: expected the keys"),
-        ({**CAPTION, "caption": "  "}, "line 2: 'caption' must be a text"),
-        ({**CAPTION, "caption": 3}, "line 2: 'caption' must be a text"),
-        ({**CAPTION, "image": ["a.png"]}, "line 2: 'image' must be a text"),
-        ({**CAPTION, "image": "../a.png"}, r"line 2: 'image': '\.\./a\.png' leads out"),
-        ({**CAPTION, "image": "/etc/a.png"}, "line 2: 'image': .* leads out"),
-        ({**EDIT, "sources": ["sub/../../a.png"]}, "line 2: 'sources': .* leads out"),
-        ({**EDIT, "sources": "a.png"}, "line 2: 'sources' must be a list"),
-        ({**EDIT, "sources": []}, "line 2: 'sources' must have one to four"),
-        ({**EDIT, "sources": ["a.png"] * 5}, "line 2: 'sources' must have one to four"),
+        ('{"image": "a.png", ', "row 2: not JSON"),
+        ('["a.png"]', "row 2: expected an object, found list"),
+        ({"image": "a.png"}, r"row 2: expected the keys .*caption.*found \{image\}"),
+        ({**CAPTION, "captoin": "x"}, "row 2: expected the keys"),
+        ({**CAPTION, "caption": "  "}, "row 2: 'caption': the text is empty"),
+        ({**CAPTION, "caption": 3}, "row 2: 'caption': expected a text"),
+        ('{"image": "a.png", "caption": "\\ud800"}', "row 2: 'caption': the text is no Unicode"),
+        ('{"image": "a.png", "caption": "\udcff"}', "row 2: not JSON in UTF-8"),
+        ({**CAPTION, "image": ["a.png"]}, "row 2: expected a picture's path"),
+        ({**CAPTION, "image": "../a.png"}, r"row 2: '\.\./a\.png' leads out"),
+        ({**CAPTION, "image": "/etc/a.png"}, "row 2: .* leads out"),
+        ({**EDIT, "sources": ["sub/../../a.png"]}, "row 2: .* leads out"),
+        ({**EDIT, "sources": "a.png"}, "row 2: 'sources' must be a list"),
+        ({**EDIT, "sources": []}, "row 2: 'sources' must be a list of one to four"),
+        ({**EDIT, "sources": ["a.png"] * 5}, "row 2: 'sources' must be a list of one to four"),
+        ({**CAPTION, "image": "missing.png"}, r"missing\.png.*no such file"),
+        ({**CAPTION, "image": "empty.png"}, r"empty\.png.*: empty"),
+        ({**CAPTION, "image": "captions.jsonl"}, r"captions\.jsonl.*: not a picture"),
     ],
 )
-def test_a_bad_line_is_named(folder, line, message):
-    write(folder, CAPTION, line)
-    with pytest.raises(ValueError, match=r"captions\.jsonl, " + message):
-        FolderSource(folder)
+def test_a_bad_line_is_named_and_the_others_are_read(folder, line, message):
+    (folder / "empty.png").write_bytes(b"")
+    write(folder, CAPTION, line, EDIT)
+    source = photos(folder)
+    assert [record.text for record in map(source.__getitem__, range(2))] == [
+        "a red flag",
+        "turn it",
+    ]
+    [problem] = source.problems()
+    assert re.search(message, problem.reason) and problem.key.startswith("2")
+    entry = {"name": "a", "tasks": ["T2I"], "type": "folder", "folder": str(folder)}
+    with pytest.raises(ValueError, match="'a': 1 of 3 records .*share 0.01.*\n.*" + message):
+        build_feeds([entry], bad_share=0.01)
+    assert len(build_feeds([entry], bad_share=0.4)[0].source) == 2
 
 
-def test_bad_files_are_named(folder):
+def test_a_set_without_a_record_is_an_error(folder):
     with pytest.raises(FileNotFoundError, match=r"captions\.jsonl: no such file"):
-        FolderSource(folder)
-    write(folder, CAPTION, {"image": "missing.png", "caption": "x"})
-    with pytest.raises(FileNotFoundError, match=r"line 2: missing\.png: no such file"):
-        FolderSource(folder)
-    (folder / "missing.png").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"line 2: missing\.png: empty"):
-        FolderSource(folder)
-    (folder / "missing.png").write_bytes(b"text")
-    with pytest.raises(ValueError, match=r"line 2: missing\.png: not a picture"):
-        FolderSource(folder)
-    (folder / "captions.jsonl").write_bytes(b'{"image": "a.png", "caption": "\xff"}')
-    with pytest.raises(ValueError, match="line 1: not JSON in UTF-8"):
-        FolderSource(folder)
-    write(folder, EDIT)
-    with pytest.raises(ValueError, match=r"no line of kind 'caption'; found \{'edit': 1\}"):
-        FolderSource(folder)
+        photos(folder)
     write(folder)
-    with pytest.raises(ValueError, match="found an empty file"):
-        FolderSource(folder)
-    with pytest.raises(ValueError, match="kind of a folder must be one of caption, edit"):
-        FolderSource(folder, "captions")
+    with pytest.raises(ValueError, match=r"no record|nothing to read"):
+        photos(folder)
+    write(folder, {**CAPTION, "image": "missing.png"})
+    with pytest.raises(ValueError, match=r"no record\n  1:missing\.png: .*no such file"):
+        photos(folder)
+
+
+def test_an_index_follows_its_files(folder):
+    write(folder, CAPTION)
+    assert len(photos(folder)) == 1
+    write(folder, CAPTION, EDIT)
+    source = photos(folder)
+    assert len(source) == 2
+    pixels = pickle.loads(pickle.dumps(source))[1].target.load(8, 8)
+    assert (pixels == (200, 10, 10)).all(), "workers open it by its folder"
+    content = (folder / "b.png").read_bytes()
+    (folder / "b.png").write_bytes(content[:-1] + b"?")
+    with pytest.raises(ValueError, match=r"b\.png at 0: expected the checksum .* changed since"):
+        source[1].target.load(8, 8)
+    (source.index.folder / "sizes.npy").write_bytes(b"\x93NUMPY")
+    with pytest.raises(ValueError, match=r"sizes\.npy: damaged"):
+        photos(folder)
 
 
 def test_config_entries(folder):
     write(folder, CAPTION, EDIT)
     entry = {"type": "folder", "folder": str(folder)}
-    assert len(build_source({**entry, "kind": "edit"})) == 1
-    feeds = build_feeds(
-        [
-            {"name": "photos", "tasks": ["T2I", "Rec"], "weight": 2, **entry},
-            {"name": "edits", "tasks": ["S-Edit"], "kind": "edit", **entry},
-        ]
-    )
-    assert [(feed.name, feed.task, feed.weight) for feed in feeds] == [
-        ("photos", Task.T2I, 2),
-        ("photos", Task.REC, 2),
-        ("edits", Task.S_EDIT, 1),
+    specs = [
+        {"name": "photos", "tasks": ["T2I", "Rec"], "weight": 2, **entry},
+        {"name": "edits", "tasks": ["S-Edit"], **entry},
     ]
+    expected = [("photos", Task.T2I, 2), ("photos", Task.REC, 2), ("edits", Task.S_EDIT, 1)]
+    feeds = build_feeds(specs)
+    assert [(feed.name, feed.task, feed.weight) for feed in feeds] == expected
     assert feeds[0].source is feeds[1].source
+    (folder / "sets.yaml").write_text(yaml.safe_dump(specs))
+    feeds = build_feeds([str(folder / "sets.yaml")])
+    assert [(feed.name, feed.task, feed.weight) for feed in feeds] == expected
+    (folder / "sets.yaml").write_text("photos")
+    with pytest.raises(ValueError, match=r"sets\.yaml: expected a data set's entry"):
+        build_feeds([str(folder / "sets.yaml")])
     for spec, message in [
-        (
-            {**entry, "type": "webfolder"},
-            "type must be one of folder, miniworld; found 'webfolder'",
-        ),
+        ({**entry, "type": "webfolder"}, "type must be one of webdataset, .*; found 'webfolder'"),
         ({"folder": "x"}, "found None"),
+        ({**entry, "captions": 3}, "captions must be paths; found 3"),
         ({**entry, "knid": "edit"}, "knid"),
         ({"type": "folder"}, "'folder'"),
     ]:
@@ -143,8 +176,8 @@ def test_config_entries(folder):
             ({"weight": weight}, f"'a': weight must be a finite number .*; found {weight!r}")
             for weight in (-3, 0, "2", None, True, 1e-9, float("nan"), float("inf"))
         ],
-        ({"type": ["x"]}, r"type must be one of folder, miniworld; found \['x'\]"),
-        ({"type": 1}, "type must be one of folder, miniworld; found 1"),
+        ({"type": ["x"]}, r"type must be one of webdataset, .*miniworld; found \['x'\]"),
+        ({"type": 1}, "type must be one of webdataset, .*miniworld; found 1"),
         ({"size": "10"}, "size must be int; found '10'"),
         ({"size": True}, "size must be int; found True"),
         ({"size": 1.5}, "size must be int; found 1.5"),
@@ -165,16 +198,40 @@ def test_a_bad_value_of_a_data_set_is_named(change, message):
         build_feeds([{**entry, **arguments, **change}])
 
 
-@pytest.mark.parametrize("change", [{"folder": 3}, {"kind": ["edit"]}, {"index": None}])
+@pytest.mark.parametrize("change", [{"folder": 3}, {"index": None}])
 def test_a_bad_value_of_a_folder_is_named(folder, change):
     write(folder, CAPTION)
     (key,) = change
     with pytest.raises(ValueError, match=f"data set .*: {key} must be .*; found"):
-        build_source({"type": "folder", "folder": folder, **change})
+        build_source({"type": "folder", "folder": str(folder), **change})
 
 
-def test_records_of_one_line_share_their_picture(folder):
-    write(folder, {"image": "a.png", "instruction": "again", "sources": ["a.png"]})
-    record = FolderSource(folder, "edit")[0]
-    assert record.sources[0] is record.target
-    assert isinstance(record.target.load(28, 28), np.ndarray)
+def test_a_build_that_was_stopped_goes_on(folder, monkeypatch):
+    write(folder, *[{**CAPTION, "caption": f"flag {n}"} for n in range(10)])
+    monkeypatch.setattr(lists, "CHUNK", 4)
+    scanned, scan = [], lists.Folder.scan
+
+    def stopped(self, unit):
+        if len(scanned) == 2:
+            raise KeyboardInterrupt
+        scanned.append(unit[2])
+        return scan(self, unit)
+
+    monkeypatch.setattr(lists.Folder, "scan", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        photos(folder)
+    monkeypatch.setattr(
+        lists.Folder, "scan", lambda self, unit: (scanned.append(unit[2]), scan(self, unit))[1]
+    )
+    source = photos(folder)
+    assert scanned == [0, 4, 8], "what was done is not done again"
+    assert [record.text for record in map(source.__getitem__, range(10))] == [
+        f"flag {n}" for n in range(10)
+    ]
+    assert [record.key.split(":")[0] for record in map(source.__getitem__, range(10))] == [
+        str(n) for n in range(1, 11)
+    ]
+    siblings = [
+        path.name for path in source.index.folder.parent.glob(f"{source.index.folder.name}*")
+    ]
+    assert siblings == [source.index.folder.name], "nothing half built is left"

@@ -1,5 +1,7 @@
 """Tasks of records, and sizes of pictures."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -29,7 +31,12 @@ def test_examples():
         assert example.sources == (any_record.target,)
     for task, used in [(Task.S_EDIT, edit), (Task.M_EDIT, both)]:
         example = make_example(task, used)
-        assert (example.text, example.sources) == (used.text, used.sources)
+        assert example.text == used.text
+        sizes = [(picture.height, picture.width) for picture in used.sources]
+        assert [(shown.height, shown.width) for shown in example.sources] == sizes
+        assert (example.sources == used.sources) == (task is Task.S_EDIT), (
+            "compositions are shown whole"
+        )
         assert arity(task, used) == len(used.sources) and example.task is task
     for task, wrong in [
         (Task.T2I, edit),
@@ -41,6 +48,10 @@ def test_examples():
             ValueError, match=f"'k' with . source picture.* cannot serve task {task.value}"
         ):
             make_example(task, wrong)
+    mute = dataclasses.replace(edit, text="")
+    assert make_example(Task.REC, mute).sources == (mute.target,)
+    with pytest.raises(ValueError, match="'k' has no text and cannot serve task S-Edit"):
+        make_example(Task.S_EDIT, mute)
     with pytest.raises(ValueError, match="exactly once"):
         make_example(Task.T2I, plain, caption_template="a picture")
     assert [task.value for task in Task] == ["T2I", "Uncond", "Rec", "S-Edit", "M-Edit"]

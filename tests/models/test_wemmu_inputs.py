@@ -3,6 +3,7 @@
 import dataclasses
 import types
 
+import jax
 import numpy as np
 import pytest
 
@@ -14,11 +15,9 @@ from wemmu_jax.models.qwen2_5_vl.images import patchify, slots_needed
 from wemmu_jax.models.qwen2_5_vl.prompt import PromptEncoder
 from wemmu_jax.models.wemmu.config import Connector, VAEStream
 from wemmu_jax.models.wemmu.inputs import (
-    IMAGE_FIELDS,
     TEXT_LIMIT,
     RowEncoder,
     Shapes,
-    packed_images,
     prompt_batch,
 )
 
@@ -113,13 +112,12 @@ def test_a_training_row(sources):
     wanted |= {(n, *size) for n in range(1, sources + 1) for size in ((32, 48), (64, 96))}
     assert set(asked) == wanted
     if not sources:
-        assert "source_pixels" not in row and not set(IMAGE_FIELDS) & set(row)
+        assert not {"source_pixels", "vit_pixels"} & set(row)
         return
     assert row["source_pixels"].shape == (sources, 64, 96, 3)
-    for number, pixels in enumerate(row["source_pixels"], start=1):
-        np.testing.assert_array_equal(pixels, example.sources[number - 1].load(64, 96))
-    assert row["patches"].shape[:2] == (sources, encoder.shapes.slots)
-    assert row["order"].shape == (sources, encoder.shapes.tokens)
+    for name, size in (("source_pixels", (64, 96)), ("vit_pixels", (32, 48))):
+        for source, pixels in zip(example.sources, row[name], strict=True):
+            np.testing.assert_array_equal(pixels, source.load(*size))
 
 
 def test_source_sizes_follow_the_configs():
@@ -138,6 +136,20 @@ def test_pack_keeps_every_picture():
         seen = places[packed.order[number, : rows * columns]]
         wanted = patchify(picture, vision, encoder.mean, encoder.std)
         np.testing.assert_array_equal(seen.reshape(wanted.shape), wanted)
+
+
+@pytest.mark.parametrize("grid", [(4, 6), *fixtures.GRIDS])
+def test_the_device_packs_as_the_host_does(grid):
+    encoder = encoder_of()
+    unit = encoder.config.vlm.vision.unit
+    size = (3, grid[0] * unit, grid[1] * unit, 3)
+    pixels = np.random.default_rng(0).integers(0, 256, size, np.uint8)
+    host, device = encoder.pack(list(pixels)), jax.jit(encoder.pack_pixels)(pixels)
+    for name in ("positions", "segments", "order"):
+        np.testing.assert_array_equal(getattr(device, name), getattr(host, name))
+        assert getattr(device, name).dtype == getattr(host, name).dtype
+    assert device.patches.dtype == np.float32
+    np.testing.assert_allclose(device.patches, host.patches, rtol=0, atol=3e-7)
 
 
 def test_shapes_hold_the_largest_grid():
@@ -181,12 +193,11 @@ def test_rows_become_a_batch():
         encoder.encode_example(example_of(2, text)[0], BUCKET, LENGTH) for text in fixtures.TEXTS
     ]
     arrays = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-    prompt, images = prompt_batch(arrays), packed_images(arrays)
+    prompt = prompt_batch(arrays)
     assert prompt.position_ids.shape == (3, 2, encoder.prompt_length(LENGTH, 2))
     assert prompt.next_position.shape == (2,)
     np.testing.assert_array_equal(prompt.position_ids[:, 1], rows[1]["position_ids"])
-    for name in IMAGE_FIELDS:
-        np.testing.assert_array_equal(getattr(images, name)[3], rows[1][name][1])
+    assert len({int(i) for i in arrays["picture_id"]}) == 1, "both draw the same picture"
 
 
 def test_the_real_vocabulary(tmp_path):

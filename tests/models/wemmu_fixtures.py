@@ -21,7 +21,7 @@ from wemmu_jax.models.qwen2_5_vl.tokenizer import train_tokenizer
 from wemmu_jax.models.sana.config import SanaConfig
 from wemmu_jax.models.wemmu.batch import PromptBatch, Sources
 from wemmu_jax.models.wemmu.config import BridgeConfig, WeMMUConfig
-from wemmu_jax.models.wemmu.inputs import IMAGE_FIELDS, RowEncoder, packed_images, prompt_batch
+from wemmu_jax.models.wemmu.inputs import RowEncoder, prompt_batch
 from wemmu_jax.models.wemmu.modeling import WeMMUModel
 
 Grid = tuple[int, int]
@@ -186,7 +186,5 @@ def pack(
     if not sources:
         return prompt_batch(arrays), None
     packed = [encoder.pack(pictures) for pictures in request.pictures]
-    images = packed_images(
-        {name: np.stack([getattr(p, name) for p in packed]) for name in IMAGE_FIELDS}
-    )
+    images = jax.tree.map(lambda *parts: np.concatenate(parts), *packed)
     return prompt_batch(arrays), Sources(images, arrays["place"], request.latents)

@@ -16,7 +16,7 @@ from wemmu_jax.data.tasks import Example, Task
 from wemmu_jax.models.wemmu.config import VAEStream
 from wemmu_jax.sharding.mesh import make_mesh
 from wemmu_jax.training.abstract import AbstractRun
-from wemmu_jax.training.batch import on_devices, train_batch
+from wemmu_jax.training.batch import on_devices, packer, train_batch
 
 STREAMS = [stream.value for stream in VAEStream]
 
@@ -49,7 +49,9 @@ def real_batch(run: AbstractRun, bucket, arity: int, text_length: int):
     )
     grid = model.config.query_grid(bucket.height, bucket.width)
     batch, pixels = train_batch(micro_batch, grid=grid, query_tokens=encoder.shapes.tokens)
-    return on_devices(batch, run.trainer.mesh), on_devices(pixels, run.trainer.mesh)
+    pixels = on_devices(pixels, run.trainer.mesh)
+    images = packer(encoder, run.trainer.mesh)(pixels.vit) if arity else None
+    return on_devices(batch, run.trainer.mesh).replace(images=images), pixels
 
 
 def forms(tree):

@@ -142,9 +142,9 @@ def test_rows_that_draw_the_same_picture_are_never_contrasted(stage1):
     seen, _ = stage1
     micro_batch = seen.run.data[0]
     assert len(set(micro_batch.keys)) == 8
-    target = micro_batch.arrays["target"].copy()
-    target[1] = target[0]
-    arrays = {**micro_batch.arrays, "target": target}
+    arrays = {name: micro_batch.arrays[name].copy() for name in micro_batch.arrays}
+    for name in ("target", "picture_id"):
+        arrays[name][1] = arrays[name][0]
     batch = seen.run.batch(dataclasses.replace(micro_batch, arrays=arrays))
     ids = np.asarray(batch.picture_ids)
     assert ids[0] == ids[1] and len(set(ids.tolist())) == 7

@@ -16,6 +16,7 @@ from wemmu_jax.cli.overrides import take_overrides
 COMMANDS = {
     "convert": "Hugging Face folders -> our checkpoint",
     "export": "our checkpoint -> Hugging Face folders, and one file of what WeMMU adds",
+    "data": "checks, shows, indexes, encodes, captions and packs data sets",
     "train": "one stage of the curriculum",
     "generate": "pictures from text",
     "edit": "a picture and an instruction -> a picture",

@@ -9,6 +9,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+# Sizes that are looked at together, so that twenty-five million take little memory.
+_AT_ONCE = 1 << 20
+
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Bucket:
@@ -55,10 +58,15 @@ def make_buckets(
 
 
 def nearest_indices(buckets: Sequence[Bucket], sizes: np.ndarray) -> np.ndarray:
-    """For pictures of `sizes` [N, 2] (height, width): int64[N], the index of the bucket nearest in log aspect."""
-    aspects = np.log(sizes[:, 0] / sizes[:, 1])
-    distance = np.abs(aspects[:, None] - [bucket.log_aspect for bucket in buckets])
-    return distance.argmin(axis=1)
+    """For pictures of `sizes` [N, 2] (height, width): int16[N], the index of the bucket nearest in log aspect."""
+    order = np.argsort([bucket.log_aspect for bucket in buckets], kind="stable")
+    aspects = np.array([bucket.log_aspect for bucket in buckets])[order]
+    middles = (aspects[1:] + aspects[:-1]) / 2
+    found = np.empty(len(sizes), np.int16)
+    for start in range(0, len(sizes), _AT_ONCE):
+        part = sizes[start : start + _AT_ONCE]
+        found[start : start + len(part)] = np.searchsorted(middles, np.log(part[:, 0] / part[:, 1]))
+    return order.astype(np.int16)[found]
 
 
 def nearest(buckets: Sequence[Bucket], height: int, width: int) -> Bucket:

@@ -4,8 +4,11 @@ Whatever a camera, a scanner or a paint program writes becomes 8-bit RGB as it i
 whole picture is one ValueError that names the file. Used by training and by inference.
 """
 
+import dataclasses
+import functools
 import io
 import pathlib
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -14,6 +17,9 @@ from wemmu_jax.data.records import Picture
 
 # PIL warns from here on and refuses twice as many; a data set has no use for either.
 MAX_PIXELS = 89_478_485
+
+# The part of a composition's picture that may be cropped away.
+MOST_CROPPED = 0.1
 
 _EXIF_ORIENTATION = 0x0112
 _EXIF_SIDEWAYS = (5, 6, 7, 8)
@@ -71,23 +77,40 @@ def cover(image: Image.Image, height: int, width: int) -> np.ndarray:
     crop_width = min(width / scale, image.width)
     top, left = (image.height - crop_height) / 2, (image.width - crop_width) / 2
     box = (left, top, left + crop_width, top + crop_height)
-    return np.array(image.resize((width, height), Image.Resampling.LANCZOS, box=box))
+    return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS, box=box))
 
 
-def file_picture(path: pathlib.Path, size: tuple[int, int], *, name: str) -> Picture:
-    """The picture in a file, whose (height, width) is known. Decoded on its first use and then kept, because a
-    source is used twice, by the ViT and by the DC-AE; a `Picture` lives no longer than its row's encoding."""
-    return Picture(*size, _FileLoader(path, name))
+def shown_whole(picture: Picture) -> Picture:
+    """The same picture for a composition, whose pictures differ in size while its micro-batch has one: where scaling
+    it to cover would crop away more than MOST_CROPPED of it, it is shown whole, on white."""
+    if picture.height is None:
+        return picture
+
+    def load(height: int, width: int) -> np.ndarray:
+        scales = height / picture.height, width / picture.width
+        if min(scales) >= (1 - MOST_CROPPED) * max(scales):
+            return picture.load(height, width)
+        inner = [max(round(side * min(scales)), 1) for side in (picture.height, picture.width)]
+        top, left = (height - inner[0]) // 2, (width - inner[1]) // 2
+        canvas = np.full((height, width, 3), 255, np.uint8)
+        canvas[top : top + inner[0], left : left + inner[1]] = picture.load(*inner)
+        return canvas
+
+    identity = None if picture.identity is None else (*picture.identity, "whole")
+    return dataclasses.replace(picture, load=load, identity=identity)
 
 
-class _FileLoader:
-    def __init__(self, path: pathlib.Path, name: str):
-        self._path, self._name, self._image = path, name, None
-
-    def __call__(self, height: int, width: int) -> np.ndarray:
-        if self._image is None:
-            self._image = open_picture(self._path, name=self._name)
-        return cover(self._image, height, width)
+def lazy_picture(
+    read: Callable[[], bytes],
+    size: tuple[int, int],
+    *,
+    name: str,
+    identity: tuple[int, int] | None = None,
+) -> Picture:
+    """The picture whose bytes `read` gives and whose (height, width) is known. Decoded on its first use and then kept,
+    because a source is used twice, by the ViT and by the DC-AE; a `Picture` lives no longer than its row's encoding."""
+    decoded = functools.cache(lambda: open_picture(read(), name=name))
+    return Picture(*size, lambda height, width: cover(decoded(), height, width), identity)
 
 
 class _PictureError(ValueError):

@@ -5,19 +5,22 @@ How a row becomes arrays is the model's affair: it comes in as two functions, `e
 
 import dataclasses
 import sys
+import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
 
 import grain
 import numpy as np
 
-from wemmu_jax.data import prompts
+from wemmu_jax.data import prompts, workers
 from wemmu_jax.data.buckets import Bucket
 from wemmu_jax.data.pools import Feed, gather_pools
-from wemmu_jax.data.schedule import RowPlan, Schedule
-from wemmu_jax.data.tasks import Example, Task, make_example
+from wemmu_jax.data.rows import Bad, Candidates, Row, RowMaker
+from wemmu_jax.data.schedule import MicroBatchPlan, RowPlan, Schedule
+from wemmu_jax.data.tasks import Example, Task
 
-_T = TypeVar("_T")
+# Micro-batches that are put together at a time while workers make their rows.
+_AT_ONCE = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +36,7 @@ class MicroBatch:
       keys: "data set/record" of each row.
       sample_numbers: uint32[B], the global sample number of each row: number * rows over all hosts + row.
       arrays: what `encode_row` gave, stacked: name -> [B, ...].
+      bad: what was to be in these rows and could not be used.
     """
 
     number: int
@@ -43,6 +47,7 @@ class MicroBatch:
     keys: tuple[str, ...]
     sample_numbers: np.ndarray
     arrays: dict[str, np.ndarray]
+    bad: tuple[Bad, ...] = ()
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
@@ -61,6 +66,8 @@ class MicroBatches:
       text_lengths: what texts are padded to: the smallest that holds the longest text of the micro-batch.
       caption_template: T2I's prompt around `{caption}`.
       process_index, process_count: which contiguous slice of the rows is this process's.
+      pools: the records that can fill rows, see `gather_pools`.
+      maker: makes rows.
     """
 
     feeds: Sequence[Feed]
@@ -87,54 +94,62 @@ class MicroBatches:
                 f"the mixture must have weights >= 0, one of them above; found {self.mixture}"
             )
         mixture = {task: self.mixture[task] for task in Task if self.mixture.get(task)}
-        self._pools = gather_pools(self.feeds, mixture, self.buckets, self.rows)
+        self.pools = gather_pools(self.feeds, mixture, self.buckets, self.rows)
         self._schedule = Schedule(
-            mixture, self._pools, bucket_count=len(self.buckets), rows=self.rows, seed=self.seed
+            mixture, self.pools, bucket_count=len(self.buckets), rows=self.rows, seed=self.seed
         )
+        self.maker = RowMaker(self.feeds, self.encode_row, self.text_length, self.caption_template)
 
     def __len__(self) -> int:
         return sys.maxsize
 
     def __getitem__(self, number: int) -> MicroBatch:
-        plan = self._schedule.plan(int(number))
+        return self._micro_batch(int(number), _Here(self.maker))
+
+    def iterate(
+        self, start: int, *, workers: int = 0, threads: int = 0, prefetch: int = 0
+    ) -> grain.DatasetIterator:
+        """Micro-batches start, start + 1, ... Element n of the iterator is `self[start + n]`.
+
+        Args:
+          start: number of the first micro-batch.
+          workers: processes that make rows.
+          threads: without workers, threads that make micro-batches; with neither they are made when asked for.
+          prefetch: how many are made ahead at most.
+        """
+        elements = _Elements(self, workers)
+        threads = _AT_ONCE if workers else threads
+        options = grain.ReadOptions(
+            num_threads=threads, prefetch_buffer_size=prefetch if threads else 0
+        )
+        return iter(grain.MapDataset.source(elements)[start:].to_iter_dataset(options))
+
+    def _micro_batch(self, number: int, hands: "_Here | _Workers") -> MicroBatch:
+        plan = self.plan(number)
         bucket = self.buckets[plan.bucket]
         # Every process looks at all texts, so that all pad to the same length without asking each other.
-        examples = [self._example(row, plan.bucket) for row in plan.rows]
-        length = self._padded(max(_named(name, self.text_length, x) for name, x in examples))
+        measured = hands.measure([self.candidates(plan, row) for row in range(self.rows)])
+        length = self._padded(max(row.tokens for row in measured))
         local = self.rows // self.process_count
         first = self.process_index * local
-        examples = examples[first : first + local]
-        names = tuple(name for name, _ in examples)
-        tasks = tuple(example.task for _, example in examples)
-        encoded = []
-        for row, name in enumerate(names):
-            encoded.append(_named(name, self.encode_row, examples[row][1], bucket, length))
-            # Lets go of its decoded pictures: a micro-batch of them is gigabytes.
-            examples[row] = None
+        measured = measured[first : first + local]
+        rows, arrays = hands.make(plan.arity, [row.candidates for row in measured], bucket, length)
         sample = plan.number * self.rows + first
         return MicroBatch(
             number=plan.number,
             bucket=bucket,
             arity=plan.arity,
             text_length=length,
-            tasks=tasks,
-            keys=names,
+            tasks=tuple(self.feeds[row.candidates.feed].task for row in measured),
+            keys=tuple(row.key for row in rows),
             sample_numbers=np.arange(sample, sample + local, dtype=np.uint32),
-            arrays=_stack(encoded, names),
+            arrays=arrays,
+            bad=tuple(
+                bad
+                for text, row in zip(measured, rows, strict=True)
+                for bad in (*text.bad, *row.bad)
+            ),
         )
-
-    def iterate(self, start: int, *, workers: int, prefetch: int) -> grain.DatasetIterator:
-        """Micro-batches start, start + 1, ... Element n of the iterator is `self[start + n]`.
-
-        Args:
-          start: number of the first micro-batch.
-          workers: threads that make micro-batches; with 0 they are made when asked for.
-          prefetch: how many are made ahead at most.
-        """
-        options = grain.ReadOptions(
-            num_threads=workers, prefetch_buffer_size=prefetch if workers else 0
-        )
-        return iter(grain.MapDataset.source(self)[start:].to_iter_dataset(options))
 
     def fixed_batches(self, task: Task, count: int) -> tuple[MicroBatch, ...]:
         """The first `count` micro-batches of `task` alone: the same ones at every call, for validation."""
@@ -144,36 +159,97 @@ class MicroBatches:
     def examples(self, task: Task, count: int) -> tuple[Example, ...]:
         """The examples of the first `count` rows of `fixed_batches`, not encoded and on every process alike."""
         alone = self._alone(task)
-        plans = map(alone._schedule.plan, range(-(-count // self.rows)))
-        found = [alone._example(row, plan.bucket)[1] for plan in plans for row in plan.rows]
-        return tuple(found[:count])
+        plans = list(map(alone.plan, range(-(-count // self.rows))))
+        rows = [alone.candidates(plan, row) for plan in plans for row in range(self.rows)]
+        made = [alone.maker.measure(row).candidates for row in rows[:count]]
+        return tuple(alone.maker.example(row.feed, row.records[0]) for row in made)
 
     def _alone(self, task: Task) -> "MicroBatches":
         return dataclasses.replace(self, mixture={task: 1.0})
 
-    def _example(self, row: RowPlan, bucket: int) -> tuple[str, Example]:
-        pool = self._pools[row.pool]
-        feed, index = self.feeds[pool.feed], pool.record(bucket, row.use, self.seed)
-        record = _named(f"{feed.name}, record {index}", feed.source.__getitem__, index)
-        example = make_example(pool.task, record, caption_template=self.caption_template)
-        return f"{feed.name}/{record.key}", example
+    def plan(self, number: int) -> MicroBatchPlan:
+        """Which rows micro-batch `number` is made of."""
+        return self._schedule.plan(number)
+
+    def candidates(self, plan: MicroBatchPlan, row: int) -> Candidates:
+        """The record that is to fill a row, and those that may take its place."""
+        planned: RowPlan = plan.rows[row]
+        pool = self.pools[planned.pool]
+        own = pool.record(plan.bucket, planned.use, self.seed)
+        sample = plan.number * self.rows + row
+        return Candidates(pool.feed, (own, *pool.substitutes(plan.bucket, sample, self.seed)))
 
     def _padded(self, longest: int) -> int:
         return next((size for size in self.text_lengths if size >= longest), self.text_lengths[-1])
 
 
-def _named(name: str, function: Callable[..., _T], *arguments) -> _T:
-    try:
-        return function(*arguments)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{name}: {error}") from error
+class _Elements:
+    """What Grain reads: micro-batches by their number, and the workers that go with the last of who reads them."""
+
+    def __init__(self, data: MicroBatches, count: int):
+        self._data = data
+        self._hands = _Here(data.maker)
+        if count:
+            pool = workers.Workers(data.maker, count)
+            self._hands = _Workers(pool, count)
+            weakref.finalize(self, pool.close)
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, number: int) -> MicroBatch:
+        return self._data._micro_batch(int(number), self._hands)
 
 
-def _stack(rows: Sequence[Mapping[str, np.ndarray]], names: Sequence[str]) -> dict[str, np.ndarray]:
-    def form(row):
-        return {key: (np.shape(value), np.asarray(value).dtype) for key, value in row.items()}
+@dataclasses.dataclass
+class _Here:
+    """Makes rows in the thread that asks."""
 
-    for row, name in zip(rows, names, strict=True):
-        if form(row) != form(rows[0]):
-            raise ValueError(f"{name} encodes to {form(row)}, but {names[0]} to {form(rows[0])}")
-    return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+    maker: RowMaker
+
+    def measure(self, rows: Sequence[Candidates]) -> list:
+        return [self.maker.measure(row) for row in rows]
+
+    def make(
+        self, arity: int, rows: Sequence[Candidates], bucket: Bucket, length: int
+    ) -> tuple[list[Row], dict[str, np.ndarray]]:
+        made = [self.maker.make(row, bucket, length) for row in rows]
+        forms = [workers.form_of(row.arrays) for row in made]
+        for row, form in zip(made, forms, strict=True):
+            if form != forms[0]:
+                raise ValueError(f"{row.key} encodes to {form}, but {made[0].key} to {forms[0]}")
+        return made, {name: np.stack([row.arrays[name] for row in made]) for name in forms[0]}
+
+
+class _Workers:
+    """Makes rows in processes, straight into the micro-batch's arrays."""
+
+    def __init__(self, pool: workers.Workers, count: int):
+        self._pool, self._count = pool, count
+        self._forms: dict[tuple, workers.Form] = {}
+        self._lock = threading.Lock()
+
+    def measure(self, rows: Sequence[Candidates]) -> list:
+        size = -(-len(rows) // self._count)
+        jobs = [(rows[start : start + size],) for start in range(0, len(rows), size)]
+        return [one for part in self._pool.run(workers.measure, jobs) for one in part]
+
+    def make(
+        self, arity: int, rows: Sequence[Candidates], bucket: Bucket, length: int
+    ) -> tuple[list[Row], dict[str, np.ndarray]]:
+        form = self._form(arity, rows[0], bucket, length)
+        with workers.shared_rows(form, len(rows)) as (file, arrays):
+            jobs = [
+                (file, form, len(rows), number, row, bucket, length)
+                for number, row in enumerate(rows)
+            ]
+            return self._pool.run(workers.make_into, jobs), arrays
+
+    def _form(self, arity: int, row: Candidates, bucket: Bucket, length: int) -> workers.Form:
+        """What rows of this kind encode to; the first of each kind is made twice to know."""
+        kind = (arity, bucket, length)
+        with self._lock:
+            if kind not in self._forms:
+                [made] = self._pool.run(workers.make, [(row, bucket, length)])
+                self._forms[kind] = workers.form_of(made.arrays)
+            return self._forms[kind]

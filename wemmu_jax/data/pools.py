@@ -8,7 +8,7 @@ and mixes tasks and data sets.
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 
 import grain
@@ -22,6 +22,9 @@ from wemmu_jax.data.tasks import Task, arities
 
 # Weights count in fractions of a millionth, see `turns.exact`; a smaller one would be none.
 LEAST_WEIGHT = 1e-6
+
+# So many are tried before a row is given up.
+SUBSTITUTES = 15
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +91,12 @@ class Pool:
         )
         return int(members[order[use]])
 
+    def substitutes(self, bucket: int, sample_number: int, seed: int) -> tuple[int, ...]:
+        """Records that may take the place of one that cannot be used, in the row of that global sample number."""
+        members = self.members[0 if self.any_size else bucket]
+        lots = np.random.SeedSequence((seed, sample_number)).generate_state(SUBSTITUTES, np.uint64)
+        return tuple(members[lots % np.uint64(len(members))].tolist())
+
 
 def gather_pools(
     feeds: Sequence[Feed], tasks: Iterable[Task], buckets: Sequence[Bucket], rows: int
@@ -104,11 +113,12 @@ def gather_pools(
     fed = {feed.task for feed in feeds}
     if hungry := [task.value for task in tasks if task not in fed]:
         raise ValueError(f"no data set feeds {', '.join(hungry)}, which the mixture asks for")
+    divide = functools.cache(_Division(buckets))
     pools = [
         pool
         for index, feed in enumerate(feeds)
         if feed.task in tasks
-        for pool in _pools_of(feed, index, buckets)
+        for pool in _pools_of(feed, index, divide)
     ]
     homes = {
         arity: _homes([pool for pool in pools if pool.arity == arity], len(buckets), rows)
@@ -150,25 +160,37 @@ def _order(size: int, entropy: tuple[int, ...]) -> grain.MapDataset:
     return grain.MapDataset.range(size).seed(seed).shuffle().repeat()
 
 
-def _pools_of(feed: Feed, index: int, buckets: Sequence[Bucket]) -> list[Pool]:
-    own = arities(feed.task, source_counts(feed.source))
-    serving = int((own >= 0).sum())
+class _Division:
+    """(source, arities that it has to have) -> its records of each bucket; those that several tasks share are there
+    once."""
+
+    def __init__(self, buckets: Sequence[Bucket]):
+        self._buckets = buckets
+
+    def __call__(self, source: RecordSource, counts: tuple[int, ...]) -> tuple[np.ndarray, ...]:
+        members = np.flatnonzero(np.isin(source_counts(source), counts)).astype(np.int32)
+        sizes = target_sizes(source)
+        if sizes is None:
+            return (members,)
+        found = buckets_lib.nearest_indices(self._buckets, sizes)[members]
+        return tuple(members[found == bucket] for bucket in range(len(self._buckets)))
+
+
+def _pools_of(feed: Feed, index: int, divide: Callable) -> list[Pool]:
+    counts, sizes = np.unique(source_counts(feed.source), return_counts=True)
+    own = arities(feed.task, counts)
+    serving = int(sizes[own >= 0].sum())
     if not serving:
         raise ValueError(
-            f"data set {feed.name!r}: none of its {len(own)} records can serve task {feed.task.value}"
+            f"data set {feed.name!r}: none of its {len(feed.source)} records can serve task {feed.task.value}"
         )
-    sizes = target_sizes(feed.source)
-    found = None if sizes is None else buckets_lib.nearest_indices(buckets, sizes)
+    any_size = target_sizes(feed.source) is None
     pools = []
-    for arity in np.unique(own[own >= 0]):
-        members = np.flatnonzero(own == arity).astype(np.int32)
-        divided = (
-            (members,)
-            if found is None
-            else tuple(members[found[members] == bucket] for bucket in range(len(buckets)))
-        )
-        weight = turns.exact(feed.weight) * Fraction(len(members), serving)
-        pools.append(Pool(feed.task, int(arity), index, weight, divided, found is None))
+    for arity in np.unique(own[own >= 0]).tolist():
+        share = Fraction(int(sizes[own == arity].sum()), serving)
+        weight = turns.exact(feed.weight) * share
+        members = divide(feed.source, tuple(counts[own == arity].tolist()))
+        pools.append(Pool(feed.task, arity, index, weight, members, any_size))
     return pools
 
 
@@ -189,9 +211,13 @@ def _move(pool: Pool, homes: np.ndarray) -> Pool:
     if pool.any_size:
         return pool
     members = tuple(
-        np.sort(np.concatenate([pool.members[old] for old in np.flatnonzero(homes == bucket)]))
-        if (homes == bucket).any()
-        else np.zeros(0, np.int32)
+        _joined([pool.members[old] for old in np.flatnonzero(homes == bucket)])
         for bucket in range(len(homes))
     )
     return dataclasses.replace(pool, members=members)
+
+
+def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+    if len(parts) == 1:
+        return parts[0]
+    return np.sort(np.concatenate([*parts, np.zeros(0, np.int32)]))

@@ -6,6 +6,9 @@ RECONSTRUCTION_PROMPT = "Please reproduce this image."
 # The empty user turn: the unconditional branch of guidance, and the Uncond task.
 UNCONDITIONAL_PROMPT = ""
 
+# What the VLM is asked for a new caption; the paper gives no wording.
+DESCRIPTION_PROMPT = "Describe this image in detail."
+
 # The paper gives no wording for T2I: the caption as it is.
 CAPTION_TEMPLATE = "{caption}"
 

@@ -20,11 +20,13 @@ class Picture:
         because it is drawn at whatever size is asked for.
       load: `load(height, width)` -> uint8[height, width, 3], RGB, exactly of that size. A picture with a size of
         its own is scaled to cover the asked one and cropped at its centre, no more than the aspect asks.
+      identity: CRC-32 and size of its bytes, and how it is shown if not as `load` says; None when it is drawn.
     """
 
     height: int | None
     width: int | None
     load: Callable[[int, int], np.ndarray]
+    identity: tuple | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +70,7 @@ def target_sizes(source: RecordSource) -> np.ndarray | None:
 
 
 def source_counts(source: RecordSource) -> np.ndarray:
-    """int32[N], the number of source pictures of each record."""
+    """int8[N], the number of source pictures of each record."""
     if hasattr(source, "source_counts"):
-        return np.asarray(source.source_counts())
-    return np.full(len(source), len(source[0].sources) if len(source) else 0, np.int32)
+        return np.asarray(source.source_counts()).astype(np.int8)
+    return np.full(len(source), len(source[0].sources) if len(source) else 0, np.int8)

@@ -1,107 +1,99 @@
 """Data sets as people have them, read as records.
 
-A data set is one small config entry, `{"type": ..., more arguments}`; `SOURCES` says what the types are. To read
-another format is to write one class and to add it there.
+A data set is one small entry of a config or a YAML file, `{"type": ..., more arguments}`; `FORMATS` says what the
+types are. To read another format is to write one class and to add it there.
 """
 
-import dataclasses
 import importlib
 import inspect
-import json
-import pathlib
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
+import yaml
 
-from wemmu_jax.data.pictures import file_picture, picture_size
+from wemmu_jax.data import storage
+from wemmu_jax.data.formats.array_record import ArrayRecord
+from wemmu_jax.data.formats.lists import Folder, IoJson, OmniGen2, Sidecar, UniWorld
+from wemmu_jax.data.formats.parquet import Bagel, ImgEdit
+from wemmu_jax.data.formats.tar import Webdataset
+from wemmu_jax.data.index import Format, Found, Index, Problem
+from wemmu_jax.data.indexing import Progress, open_index
+from wemmu_jax.data.pictures import lazy_picture
 from wemmu_jax.data.pools import Feed
-from wemmu_jax.data.records import Record, RecordSource
+from wemmu_jax.data.records import Picture, Record, RecordSource
 from wemmu_jax.data.tasks import Task
 
-# Kind of a folder's line -> the numbers of source pictures that it may have.
-KINDS = {"caption": (0,), "edit": (1,), "composition": (2, 3, 4)}
-
-_CAPTION_KEYS = {"image", "caption"}
-_EDIT_KEYS = {"image", "instruction", "sources"}
-
-
-@dataclasses.dataclass(frozen=True)
-class _Line:
-    number: int
-    text: str
-    image: str
-    sources: tuple[str, ...]
-
-    @property
-    def kind(self) -> str | None:
-        return next((kind for kind, counts in KINDS.items() if len(self.sources) in counts), None)
+FORMATS: dict[str, Callable[..., Format]] = {
+    "webdataset": Webdataset,
+    "sidecar": Sidecar,
+    "io-json": IoJson,
+    "uniworld": UniWorld,
+    "omnigen2": OmniGen2,
+    "bagel": Bagel,
+    "imgedit": ImgEdit,
+    "folder": Folder,
+    "array-record": ArrayRecord,
+}
 
 
-class FolderSource:
-    """A folder of pictures and a JSONL file in it, one record a line:
+class IndexedSource:
+    """A data set on disk through its index; every picture's bytes are checked against their checksum.
 
-        {"image": "a.jpg", "caption": "a red barn"}
-        {"image": "after.png", "instruction": "make it blue", "sources": ["before.png"]}
-
-    `image` is the picture to be drawn. Paths are relative to the folder and stay inside it. Lines of kinds other
-    than `kind` are left to other sources; the sizes of all pictures of the kind are read from their headers at once.
-
-    Args:
-      folder: the folder.
-      kind: "caption", "edit" (one source) or "composition" (two to four).
-      index: name of the JSONL file.
-
-    Raises:
-      FileNotFoundError: the folder, the index or a picture is not there.
-      ValueError: a line or a picture is not as it should be, or there is no line of this kind.
+    Attributes:
+      format: how it lies on disk.
+      index: where its records are.
     """
 
-    def __init__(
-        self, folder: str | pathlib.Path, kind: str = "caption", index: str = "captions.jsonl"
-    ):
-        if kind not in KINDS:
-            raise ValueError(f"kind of a folder must be one of {', '.join(KINDS)}; found {kind!r}")
-        self._folder = pathlib.Path(folder)
-        self._index = self._folder / index
-        if not self._index.is_file():
-            raise FileNotFoundError(f"{self._index}: no such file")
-        lines = _read_lines(self._index)
-        self._lines = [line for line in lines if line.kind == kind]
-        if not self._lines:
-            found = dict(Counter(line.kind for line in lines)) or "an empty file"
-            raise ValueError(f"{self._index}: no line of kind {kind!r}; found {found}")
-        self._sizes: dict[str, tuple[int, int]] = {}
-        for line in self._lines:
-            for picture in (line.image, *line.sources):
-                if picture not in self._sizes:
-                    where = f"{self._index}, line {line.number}: {picture}"
-                    self._sizes[picture] = picture_size(self._folder / picture, name=where)
+    def __init__(self, format: Format, index: Index):
+        self.format, self.index = format, index
 
     def __len__(self) -> int:
-        return len(self._lines)
+        return len(self.index)
 
-    def __getitem__(self, index: int) -> Record:
-        line = self._lines[index]
-        loaded = {name: self._picture(name) for name in {line.image, *line.sources}}
-        return Record(
-            key=f"{line.number}:{line.image}",
-            text=line.text,
-            sources=tuple(loaded[name] for name in line.sources),
-            target=loaded[line.image],
-        )
+    def __getitem__(self, number: int) -> Record:
+        found = self.index.pictures(number)
+        # A picture that is in a record twice is decoded once.
+        pictures = {one.place: self._picture(one) for one in found}
+        target, *sources = (pictures[one.place] for one in found)
+        return Record(self.index.key(number), self.index.text(number), tuple(sources), target)
 
     def sizes(self) -> np.ndarray:
         """int32[N, 2], (height, width) of each target."""
-        return np.array([self._sizes[line.image] for line in self._lines], np.int32)
+        return self.index.sizes
 
     def source_counts(self) -> np.ndarray:
-        """int32[N], source pictures of each record."""
-        return np.array([len(line.sources) for line in self._lines], np.int32)
+        """uint8[N], source pictures of each record."""
+        return self.index.source_counts
 
-    def _picture(self, name: str):
-        path = self._folder / name
-        return file_picture(path, self._sizes[name], name=str(path))
+    def problems(self) -> list[Problem]:
+        """What of the set could not be a record."""
+        return self.index.problems()
+
+    def read(self, found: Found) -> bytes:
+        """A picture's bytes as they are in the set.
+
+        Raises:
+          FileNotFoundError, ValueError: they are not there, or others than when the index was made.
+        """
+        place = found.place
+        data = self.format.read(place.path, place.at, place.size)
+        if (crc := zlib.crc32(data)) != found.crc:
+            raise ValueError(
+                f"{place.path} at {place.at}: expected the checksum {found.crc:08x}, found {crc:08x}: "
+                "the file has changed since it was indexed"
+            )
+        return data
+
+    def _picture(self, found: Found) -> Picture:
+        name = f"{found.place.path} at {found.place.at}" if found.place.at else found.place.path
+        return lazy_picture(
+            lambda: self.read(found),
+            (found.height, found.width),
+            name=name,
+            identity=(found.crc, found.place.size),
+        )
 
 
 def _miniworld(kind: str, *, seed: int, size: int, split: str) -> RecordSource:
@@ -113,44 +105,50 @@ def _miniworld(kind: str, *, seed: int, size: int, split: str) -> RecordSource:
     return sources.MiniworldSource(kind, seed=seed, size=size, split=split)
 
 
-SOURCES: dict[str, Callable[..., RecordSource]] = {"folder": FolderSource, "miniworld": _miniworld}
+def build_source(
+    spec: Mapping, *, processes: int = 0, progress: Progress | None = None
+) -> RecordSource:
+    """The source that a config entry names: its `type`, that type's arguments, and optionally `captions`, sidecars.
 
-
-def build_source(spec: Mapping) -> RecordSource:
-    """The source that a config entry names: its `type` from `SOURCES`, and that type's arguments.
+    Its index is made if there is none, by `processes`, see `open_index`.
 
     Raises:
-      ValueError: there is no such type, or it takes other arguments; and what the source itself raises.
+      FileNotFoundError: a file that the entry names is not there.
+      ValueError: there is no such type, or it takes other arguments; or the set has no record.
     """
     arguments = dict(spec)
     kind = arguments.pop("type", None)
-    if not isinstance(kind, str) or kind not in SOURCES:
+    if kind == "miniworld":
+        return _call(_miniworld, arguments, spec)
+    if not isinstance(kind, str) or kind not in FORMATS:
         raise ValueError(
-            f"data set {dict(spec)}: type must be one of {', '.join(SOURCES)}; found {kind!r}"
+            f"data set {dict(spec)}: type must be one of {', '.join([*FORMATS, 'miniworld'])}; found {kind!r}"
         )
-    signature = inspect.signature(SOURCES[kind])
-    try:
-        signature.bind(**arguments)
-    except TypeError as error:
-        raise ValueError(f"data set {dict(spec)}: {error}") from error
-    for name, value in arguments.items():
-        expected = signature.parameters[name].annotation
-        if isinstance(value, bool) or not isinstance(value, expected):
-            form = inspect.formatannotation(expected)
-            raise ValueError(f"data set {dict(spec)}: {name} must be {form}; found {value!r}")
-    return SOURCES[kind](**arguments)
+    captions = arguments.pop("captions", ())
+    if not isinstance(captions, str | list | tuple):
+        raise ValueError(f"data set {dict(spec)}: captions must be paths; found {captions!r}")
+    format = _call(FORMATS[kind], arguments, spec)
+    index = open_index(format, captions, processes=processes, progress=progress)
+    source = IndexedSource(format, index)
+    if not len(source):
+        raise ValueError(f"data set {dict(spec)}: no record{_summary(index.problems())}")
+    return source
 
 
-def build_feeds(specs: Sequence[Mapping]) -> tuple[Feed, ...]:
+def build_feeds(specs: Iterable[Mapping | str], *, bad_share: float = 1.0) -> tuple[Feed, ...]:
     """Feeds from config entries: `name`, `tasks` (their names), optionally `weight` (1), and a source's entry.
 
     {"name": "photos", "tasks": ["T2I", "Rec"], "weight": 2, "type": "folder", "folder": "photos"}
 
+    Args:
+      specs: entries, or YAML files of entries.
+      bad_share: the part of a set's records that may be none, as its index found.
+
     Raises:
-      ValueError: an entry is not like this; and as `build_source`.
+      ValueError: an entry is not like this, or too much of a set is bad; and as `build_source`.
     """
     feeds = []
-    for spec in specs:
+    for spec in read_entries(specs):
         entry = dict(spec)
         if missing := {"name", "tasks"} - set(entry):
             raise ValueError(f"data set {entry}: {', '.join(sorted(missing))} missing")
@@ -165,45 +163,59 @@ def build_feeds(specs: Sequence[Mapping]) -> tuple[Feed, ...]:
         if any(feed.name == name for feed in feeds):
             raise ValueError(f"two data sets are named {name!r}")
         source = build_source(entry)
+        if isinstance(source, IndexedSource):
+            bad = source.index.problem_count
+            if bad > bad_share * (bad + len(source)):
+                raise ValueError(
+                    f"data set {name!r}: {bad} of {bad + len(source)} records cannot be read, more than the share "
+                    f"{bad_share} that data.bad_share allows{_summary(source.problems())}"
+                )
         feeds += [Feed(name, Task(task), source, weight) for task in tasks]
     return tuple(feeds)
 
 
-def _read_lines(index: pathlib.Path) -> list[_Line]:
-    lines = []
-    for number, raw in enumerate(index.read_bytes().split(b"\n"), 1):
-        if raw.strip():
-            lines.append(_read_line(raw, number, f"{index}, line {number}"))
-    return lines
+def read_entries(specs: Iterable[Mapping | str]) -> list[dict[str, Any]]:
+    """Entries of data sets; a text among `specs` is a YAML file that holds one entry or a list of them. Relative
+    paths in it are relative to where the command runs, as those in a config are.
 
-
-def _read_line(raw: bytes, number: int, where: str) -> _Line:
-    try:
-        fields = json.loads(raw.decode("utf-8-sig"))
-    except ValueError as error:  # of the decoder's or of json's
-        raise ValueError(f"{where}: not JSON in UTF-8: {error}") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{where}: expected an object, found {type(fields).__name__}")
-    if set(fields) not in (_CAPTION_KEYS, _EDIT_KEYS):
-        wanted = f"{_names(_CAPTION_KEYS)} or {_names(_EDIT_KEYS)}"
-        raise ValueError(f"{where}: expected the keys {wanted}; found {_names(fields)}")
-    text_key = "caption" if "caption" in fields else "instruction"
-    for key in ("image", text_key):
-        if not isinstance(fields[key], str) or not fields[key].strip():
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it holds something else.
+    """
+    entries = []
+    for spec in specs:
+        if not isinstance(spec, str):
+            entries.append(dict(spec))
+            continue
+        try:
+            found = yaml.safe_load(storage.read(spec))
+        except yaml.YAMLError as error:
+            raise ValueError(f"{spec}: not YAML: {error}") from error
+        found = [found] if isinstance(found, dict) else found
+        if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
             raise ValueError(
-                f"{where}: {key!r} must be a text that is not empty; found {fields[key]!r}"
+                f"{spec}: expected a data set's entry or a list of them; found {found!r}"
             )
-    sources = fields.get("sources", [])
-    if not isinstance(sources, list) or not all(isinstance(source, str) for source in sources):
-        raise ValueError(f"{where}: 'sources' must be a list of files; found {sources!r}")
-    if text_key == "instruction" and not 1 <= len(sources) <= 4:
-        raise ValueError(f"{where}: 'sources' must have one to four files; found {len(sources)}")
-    for key, name in [("image", fields["image"]), *(("sources", source) for source in sources)]:
-        path = pathlib.PurePath(name)
-        if path.is_absolute() or ".." in path.parts:
-            raise ValueError(f"{where}: {key!r}: {name!r} leads out of the folder")
-    return _Line(number, fields[text_key], fields["image"], tuple(sources))
+        entries += found
+    return entries
 
 
-def _names(keys) -> str:
-    return "{" + ", ".join(sorted(map(str, keys))) + "}"
+def _call(function: Callable, arguments: Mapping[str, Any], spec: Mapping):
+    """`function(**arguments)`, whose names and types are checked against its annotations first."""
+    signature = inspect.signature(function)
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        raise ValueError(f"data set {dict(spec)}: {error}") from error
+    for name, value in arguments.items():
+        expected = signature.parameters[name].annotation
+        if isinstance(value, bool) or not isinstance(value, expected):
+            form = inspect.formatannotation(expected)
+            raise ValueError(f"data set {dict(spec)}: {name} must be {form}; found {value!r}")
+    return function(**arguments)
+
+
+def _summary(problems: Sequence[Problem], most: int = 5) -> str:
+    lines = [f"\n  {problem.key}: {problem.reason}" for problem in problems[:most]]
+    more = f"\n  and {len(problems) - most} more" if len(problems) > most else ""
+    return "".join(lines) + more

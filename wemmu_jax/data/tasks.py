@@ -6,6 +6,7 @@ import enum
 import numpy as np
 
 from wemmu_jax.data import prompts
+from wemmu_jax.data.pictures import shown_whole
 from wemmu_jax.data.records import Picture, Record
 
 
@@ -74,8 +75,14 @@ def arity(task: Task, record: Record) -> int:
 def make_example(
     task: Task, record: Record, *, caption_template: str = prompts.CAPTION_TEMPLATE
 ) -> Example:
-    """`record` as `task` uses it. `caption_template` is the T2I prompt around the caption."""
+    """`record` as `task` uses it. `caption_template` is the T2I prompt around the caption.
+
+    Raises:
+      ValueError: the record cannot serve the task.
+    """
     arity(task, record)
+    if not record.text and task in (Task.T2I, Task.S_EDIT, Task.M_EDIT):
+        raise ValueError(f"record {record.key!r} has no text and cannot serve task {task.value}")
     match task:
         case Task.T2I:
             text, sources = prompts.caption_prompt(record.text, caption_template), ()
@@ -83,6 +90,8 @@ def make_example(
             text, sources = prompts.UNCONDITIONAL_PROMPT, ()
         case Task.REC:
             text, sources = prompts.RECONSTRUCTION_PROMPT, (record.target,)
-        case Task.S_EDIT | Task.M_EDIT:
+        case Task.S_EDIT:
             text, sources = record.text, record.sources
+        case Task.M_EDIT:
+            text, sources = record.text, tuple(map(shown_whole, record.sources))
     return Example(task, text, sources, record.target, record.key)

@@ -30,7 +30,7 @@ SIDE = 96  # pixels, square root of a crop's area
 
 
 def write_photographs(folder: pathlib.Path, *, seed: int = 0) -> None:
-    """Writes crops, edited crops and `captions.jsonl`, see `wemmu_jax.data.sources.FolderSource`.
+    """Writes crops, edited crops and `captions.jsonl`, see `wemmu_jax.data.formats.lists.Folder`.
 
     Raises:
       FileNotFoundError: scikit-image is not installed.

@@ -133,14 +133,19 @@ class AbstractRun:
         return placed(batch, batch_shardings(batch, self.trainer.mesh))
 
     def pixels(self, bucket: Bucket, *, arity: int) -> Pixels:
-        """What the DC-AE encodes of it."""
+        """The pictures that the host hands over for it."""
         sizes, rows = self.trainer.model.config, self.trainer.stage.rows
-        source = [
-            side * sizes.dc_ae.ratio for side in sizes.source_grid(bucket.height, bucket.width)
-        ]
+        grid = sizes.source_grid(bucket.height, bucket.width)
+
+        def pictures(count: int, height: int, width: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((count, height, width, 3), jnp.uint8)
+
+        source = pictures(rows, *(side * sizes.dc_ae.ratio for side in grid))
+        unit = sizes.vlm.vision.unit
         pixels = Pixels(
-            target=jax.ShapeDtypeStruct((rows, bucket.height, bucket.width, 3), jnp.uint8),
-            sources=(jax.ShapeDtypeStruct((rows, *source, 3), jnp.uint8),) * arity,
+            target=pictures(rows, bucket.height, bucket.width),
+            sources=(source,) * arity,
+            vit=pictures(rows * arity, *(side * unit for side in grid)) if arity else None,
         )
         return placed(pixels, batch_shardings(pixels, self.trainer.mesh))
 

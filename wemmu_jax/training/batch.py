@@ -1,6 +1,6 @@
 """A micro-batch on the device: one bucket, one arity. B rows, n source pictures."""
 
-import zlib
+from collections.abc import Callable
 from typing import TypeVar
 
 import flax.struct
@@ -12,16 +12,23 @@ from wemmu_jax.data.pipeline import MicroBatch
 from wemmu_jax.data.tasks import Task
 from wemmu_jax.models.qwen2_5_vl.images import PackedImages
 from wemmu_jax.models.wemmu.batch import PromptBatch
-from wemmu_jax.models.wemmu.inputs import packed_images, prompt_batch
+from wemmu_jax.models.wemmu.inputs import RowEncoder, prompt_batch
 from wemmu_jax.sharding.rules import replicated, rows_sharding
 
 
 @flax.struct.dataclass
 class Pixels:
-    """What the DC-AE encodes: the target uint8[B, H, W, 3], and for each source uint8[B, 32 gh, 32 gw, 3]."""
+    """Pictures as the host hands them over.
+
+    Attributes:
+      target: what the DC-AE encodes, uint8[B, H, W, 3]; or latents float16[B, h, w, C] that were cached.
+      sources: for each source the same, uint8[B, 32 gh, 32 gw, 3] or float16[B, gh, gw, C].
+      vit: what the ViT reads, uint8[B * n, 28 gh, 28 gw, 3], or None without sources.
+    """
 
     target: jax.Array
     sources: tuple[jax.Array, ...]
+    vit: jax.Array | None
 
 
 @flax.struct.dataclass
@@ -34,7 +41,7 @@ class TrainBatch:
       picture_ids: uint32[B], equal where two rows draw the same picture.
       unconditional: bool[B], rows that take no contrastive negative.
       prompt: B prompts.
-      images: [B * n, ...] for the ViT, or None without sources.
+      images: [B * n, ...] for the ViT, or None without sources and until packed.
       place: int32[B, n * S], see `Sources`.
       target: float32[B, h, w, C], latents of the picture to be drawn; with `source_latents` None until encoded.
       source_latents: for each of the n pictures float32[B, gh, gw, C].
@@ -55,12 +62,6 @@ class TrainBatch:
     query_tokens: int = flax.struct.field(pytree_node=False)
 
 
-def picture_id(pixels: np.ndarray) -> int:
-    """A number that tells pictures apart by what they show: data sets give one picture several captions, and two
-    of them may hold the same one."""
-    return zlib.crc32(np.ascontiguousarray(pixels))
-
-
 def train_batch(
     micro_batch: MicroBatch, *, grid: tuple[int, int], query_tokens: int
 ) -> tuple[TrainBatch, Pixels]:
@@ -69,18 +70,26 @@ def train_batch(
     batch = TrainBatch(
         number=np.uint32(micro_batch.number),
         sample_numbers=np.asarray(micro_batch.sample_numbers, np.uint32),
-        picture_ids=np.asarray([picture_id(target) for target in arrays["target"]], np.uint32),
+        picture_ids=arrays["picture_id"],
         unconditional=np.asarray([task is Task.UNCOND for task in micro_batch.tasks]),
         prompt=prompt_batch(arrays),
-        images=packed_images(arrays) if micro_batch.arity else None,
+        images=None,
         place=arrays["place"],
         target=None,
         source_latents=None,
         grid=grid,
         query_tokens=query_tokens,
     )
-    sources = tuple(np.moveaxis(arrays["source_pixels"], 1, 0)) if micro_batch.arity else ()
-    return batch, Pixels(arrays["target"], sources)
+    if not micro_batch.arity:
+        return batch, Pixels(arrays["target"], (), None)
+    sources = tuple(np.moveaxis(arrays["source_pixels"], 1, 0))
+    vit = arrays["vit_pixels"]
+    return batch, Pixels(arrays["target"], sources, vit.reshape(-1, *vit.shape[2:]))
+
+
+def packer(encoder: RowEncoder, mesh: Mesh) -> Callable[[jax.Array], PackedImages]:
+    """The program that makes `TrainBatch.images` of `Pixels.vit`."""
+    return jax.jit(encoder.pack_pixels, out_shardings=rows_sharding(mesh))
 
 
 Host = TypeVar("Host", TrainBatch, Pixels)

@@ -82,10 +82,16 @@ def base_config() -> ml_collections.ConfigDict:
                 "pad_multiple": 128,
                 "text_lengths": (128, 256, 512),
                 "mixture": {"T2I": 0.0, "Uncond": 0.0, "Rec": 0.0, "S-Edit": 0.0, "M-Edit": 0.0},
-                # Entries of `wemmu_jax.data.sources`: what to train on, and what to validate on.
+                # What to train on, and what to validate on: entries of `wemmu_jax.data.sources`, or YAML files of them.
                 "sources": (),
                 "held_out": (),
+                # A folder of `wemmu data encode`, whose latents then stand for the DC-AE's pixels; empty: none.
+                "features": "",
+                # Processes that make rows; with 0, threads of this process that make micro-batches.
+                "workers": 0,
                 "threads": 4,
+                # The part of the rows whose records may be unreadable before the run stops.
+                "bad_share": 0.01,
             },
             "batch": {"rows": 64, "micro_batches": 36},
             # The paper's own numbers; `optimizer.steps` keeps their product with the rounded batch.
@@ -240,8 +246,8 @@ def _is_pattern(value: Any) -> bool:
 _COUNT = (_whole(1), "a whole number above 0")
 _COUNT_OR_ZERO = (_whole(0), "a whole number of at least 0")
 _DATA_SETS = (
-    _list_of(_is_group),
-    'a list of data sets, {"name": ..., "tasks": ..., "type": ..., ...}',
+    _list_of(lambda value: _is_group(value) or isinstance(value, str)),
+    'a list of data sets, {"name": ..., "tasks": ..., "type": ..., ...} or a YAML file',
 )
 
 # Key -> whether a value makes sense, and what is expected of it. Keys that are a choice, and what hangs on several
@@ -260,7 +266,9 @@ _EXPECTED: dict[str, tuple[_Test, str]] = {
     },
     "data.sources": _DATA_SETS,
     "data.held_out": _DATA_SETS,
+    "data.workers": _COUNT_OR_ZERO,
     "data.threads": _COUNT_OR_ZERO,
+    "data.bad_share": (_number(0, 1), "a number of at least 0 and below 1"),
     "batch.rows": _COUNT,
     "batch.micro_batches": _COUNT,
     "optimizer.learning_rate": (_above_zero, "a finite number above 0"),

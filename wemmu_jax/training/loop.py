@@ -16,6 +16,7 @@ import jax
 import ml_collections
 import numpy as np
 
+from wemmu_jax.data.ledger import Ledger
 from wemmu_jax.data.pipeline import MicroBatch
 from wemmu_jax.files import write_json
 from wemmu_jax.training.checkpoints import Checkpoints, check_workdir, claim_workdir, only_run
@@ -57,7 +58,13 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> Non
             writes=writes,
         )
         stack.enter_context(contextlib.closing(progress))
-        _run_steps(run, state, checkpoints, progress, stop, workdir)
+        ledger = Ledger(
+            workdir / f"ledger/{jax.process_index():05}.jsonl", share=config.data.bad_share
+        )
+        held_out = run.held_out.feeds if run.held_out else ()
+        if writes and (bad := ledger.note_indexed([*run.data.feeds, *held_out])):
+            print(f"{bad} records are left out, see {workdir / 'ledger'}", flush=True)
+        _run_steps(run, state, checkpoints, progress, ledger, stop, workdir)
 
 
 def _announce(run: Run, workdir: pathlib.Path) -> None:
@@ -102,6 +109,7 @@ class _Part:
     Attributes:
       tasks, keys, numbers: of this process's rows.
       cut: how many of them had a text past the limit.
+      replaced: how many records could not be used for them.
       first: global sample number of the micro-batch's first row over all processes.
       losses, plain: float32[B] over all processes, see `row_losses`.
     """
@@ -110,6 +118,7 @@ class _Part:
     keys: tuple[str, ...]
     numbers: np.ndarray
     cut: int
+    replaced: int
     first: int
     losses: jax.Array
     plain: jax.Array
@@ -129,20 +138,27 @@ def _run_steps(
     state: TrainState,
     checkpoints: Checkpoints,
     progress: Progress,
+    ledger: Ledger,
     stop: StopOnSignal,
     workdir: pathlib.Path,
 ) -> None:
     start, steps, every = int(state.step), run.stage.optimizer.steps, run.config.every
-    threads = run.config.data.threads
+    workers, threads = run.config.data.workers, run.config.data.threads
     micro_batches = run.data.iterate(
-        start * run.stage.micro_batches, workers=threads, prefetch=2 * threads
+        start * run.stage.micro_batches,
+        workers=workers,
+        threads=threads,
+        prefetch=2 * (threads or min(workers, 2)),
     )
+    if run.held_out and every.validate:
+        for held_out in run.validation_batches.values():
+            ledger.note(held_out)
     # Also after a resume: a run that was stopped at this step has saved it and not looked at it.
     _look(run, state, start, progress, workdir)
     running: collections.deque[_Outcome] = collections.deque()
     try:
         for step in range(start + 1, steps + 1):
-            state, outcome = _step(run, state, step, micro_batches)
+            state, outcome = _step(run, state, step, micro_batches, ledger)
             running.append(outcome)
             save = stop.asked or _due(step, every.checkpoint, steps)
             # What is saved or looked at has been reported, so that it is known to be good.
@@ -166,7 +182,11 @@ def _run_steps(
 
 
 def _step(
-    run: Run, state: TrainState, step: int, micro_batches: Iterator[MicroBatch]
+    run: Run,
+    state: TrainState,
+    step: int,
+    micro_batches: Iterator[MicroBatch],
+    ledger: Ledger,
 ) -> tuple[TrainState, _Outcome]:
     """Dispatches optimizer step `step`."""
     gradients, parts = run.trainer.zero_gradients(), []
@@ -181,6 +201,7 @@ def _step(
                 keys=micro_batch.keys,
                 numbers=micro_batch.sample_numbers,
                 cut=int(np.count_nonzero(micro_batch.arrays["cut"])),
+                replaced=ledger.note(micro_batch),
                 first=micro_batch.number * run.stage.rows,
                 losses=losses,
                 plain=plain,
@@ -235,6 +256,7 @@ def _report(outcome: _Outcome, progress: Progress, *, line: int) -> None:
         plain = np.concatenate([np.asarray(part.plain) for part in outcome.parts])
         values |= {f"loss_{task}": loss for task, loss in task_means(tasks, plain).items()}
     values["texts_cut"] = sum(part.cut for part in outcome.parts)
+    values["records_replaced"] = sum(part.replaced for part in outcome.parts)
     progress.step(
         outcome.step, values, line=outcome.step == 1 or (line > 0 and outcome.step % line == 0)
     )

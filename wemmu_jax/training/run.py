@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from wemmu_jax.conversion.memory import flatten, nest
 from wemmu_jax.data.buckets import Bucket, make_buckets
+from wemmu_jax.data.features import Features
 from wemmu_jax.data.pipeline import MicroBatch, MicroBatches
 from wemmu_jax.data.sources import build_feeds
 from wemmu_jax.data.tasks import Task
@@ -21,7 +22,7 @@ from wemmu_jax.models.wemmu.modeling import WeMMUModel
 from wemmu_jax.rng import Stream, stream_key
 from wemmu_jax.sharding.mesh import check_rows, make_mesh
 from wemmu_jax.sharding.rules import parameter_shardings
-from wemmu_jax.training.batch import TrainBatch, on_devices, train_batch
+from wemmu_jax.training.batch import TrainBatch, on_devices, packer, train_batch
 from wemmu_jax.training.checkpoints import differences
 from wemmu_jax.training.curriculum import Stage
 from wemmu_jax.training.optimizer import count_parameters, learns, split
@@ -58,10 +59,21 @@ class Run:
         grid = model.config.query_grid(bucket.height, bucket.width)
         rows, pixels = train_batch(micro_batch, grid=grid, query_tokens=self.encoder.shapes.tokens)
         pixels = on_devices(pixels, mesh)
-        encode = functools.partial(self.trainer.encode, {"dc_ae": self.frozen["dc_ae"]})
         return on_devices(rows, mesh).replace(
-            target=encode(pixels.target), source_latents=tuple(map(encode, pixels.sources))
+            images=None if pixels.vit is None else self._pack(pixels.vit),
+            target=self._latents(pixels.target),
+            source_latents=tuple(map(self._latents, pixels.sources)),
         )
+
+    @functools.cached_property
+    def _pack(self):
+        return packer(self.encoder, self.trainer.mesh)
+
+    def _latents(self, picture: jax.Array) -> jax.Array:
+        """Pixels through the DC-AE; cached latents are what they are."""
+        if picture.dtype == jnp.uint8:
+            return self.trainer.encode({"dc_ae": self.frozen["dc_ae"]}, picture)
+        return picture.astype(jnp.float32)
 
 
 def prepare(config: ml_collections.ConfigDict) -> Run:
@@ -89,7 +101,7 @@ def prepare(config: ml_collections.ConfigDict) -> Run:
     check_rows(stage.rows, mesh)
     if config.data.held_out:
         check_rows(config.validation_rows, mesh)
-    encoder, data, held_out = _data(config, origin, model.config)
+    encoder, data, held_out = prepare_data(config, origin, model.config)
     trainable, frozen = _weights(origin, model, stage, mesh)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), trainable)
     trainer = Trainer(model, stage, mesh, abstract)
@@ -112,13 +124,21 @@ def stage_sizes(
     return buckets, grids
 
 
-def _data(
+def prepare_data(
     config: ml_collections.ConfigDict, origin: Origin, model: WeMMUConfig
 ) -> tuple[RowEncoder, MicroBatches, MicroBatches | None]:
+    """What a stage trains on and, where there is any, what it is validated on.
+
+    Raises:
+      FileNotFoundError, ValueError: as `build_feeds`, `Features` and `MicroBatches`.
+    """
     fields = config.data
     buckets, grids = stage_sizes(config, model)
     encoder = RowEncoder.load(origin.backbones_folder, model)
     encoder = encoder.sized(grids, multiple=fields.pad_multiple)
+    if fields.features:
+        cached = Features(fields.features, model=origin.backbones.fingerprint)
+        encoder = dataclasses.replace(encoder, features=cached)
     common = functools.partial(
         MicroBatches,
         mixture={Task(name): weight for name, weight in fields.mixture.items()},
@@ -130,15 +150,16 @@ def _data(
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    data = common(feeds=build_feeds(_entries(fields.sources)), rows=config.batch.rows)
+    feeds = functools.partial(build_feeds, bad_share=fields.bad_share)
+    data = common(feeds=feeds(_entries(fields.sources)), rows=config.batch.rows)
     if not fields.held_out:
         return encoder, data, None
-    held_out = common(feeds=build_feeds(_entries(fields.held_out)), rows=config.validation_rows)
+    held_out = common(feeds=feeds(_entries(fields.held_out)), rows=config.validation_rows)
     return encoder, data, held_out
 
 
-def _entries(sources: Sequence) -> list[dict]:
-    return [dict(entry) for entry in sources]
+def _entries(sources: Sequence) -> list[dict | str]:
+    return [entry if isinstance(entry, str) else dict(entry) for entry in sources]
 
 
 def leaf_dtype(path: str, stage: Stage) -> jnp.dtype:

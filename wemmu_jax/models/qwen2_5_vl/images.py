@@ -1,4 +1,5 @@
-"""Pictures on the host: resizing, patches, and the packing of attention windows. All numpy.
+"""Pictures on the host: resizing, patches, and the packing of attention windows. All numpy,
+but for `pack_pixels`, which does the same on the device.
 
 The vision transformer attends inside windows of 112 x 112 pixels in most layers. A window is a square of
 `window_units` merged tokens, smaller at the right and bottom edge, since windows need not divide the grid. The
@@ -14,6 +15,8 @@ import math
 from collections.abc import Sequence
 
 import flax.struct
+import jax
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
@@ -99,7 +102,7 @@ def patchify(
     Raises:
       ValueError: another type or shape than the above.
     """
-    unit, merge, patch = config.unit, config.spatial_merge_size, config.patch_size
+    unit = config.unit
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != config.in_channels:
         raise ValueError(
             f"picture: expected uint8 [H, W, {config.in_channels}], "
@@ -113,11 +116,60 @@ def patchify(
     # Only 256 values can occur in a channel, so they are normalised once, in the reference's order of rounding.
     levels = (np.arange(256) * (1 / 255)).astype(np.float32)[:, None]
     levels = (levels - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
-    pixels = levels[image, np.arange(channels)]
-    blocks = pixels.reshape(height // unit, merge, patch, width // unit, merge, patch, channels)
-    patches = blocks.transpose(0, 3, 1, 4, 6, 2, 5)  # [gh, gw, merge, merge, C, patch, patch]
-    frames = np.repeat(patches[:, :, :, :, :, None], config.temporal_patch_size, axis=5)
+    patches = _in_patches(levels[image, np.arange(channels)][None], config)[0]
+    frames = np.repeat(patches[:, :, None], config.temporal_patch_size, axis=2)
     return frames.reshape(-1, config.patch_dim)
+
+
+def pack_pixels(
+    pixels: jax.Array,
+    config: VisionConfig,
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    slots: int,
+    tokens: int,
+) -> PackedImages:
+    """What `patchify` and `pack_images` make of pictures of one size, on the device: the host then hands over bytes,
+    an eighth of what patches take. Equal to them up to a rounding of the normalisation.
+
+    Args:
+      pixels: uint8[B, H, W, 3], H and W multiples of `config.unit`.
+      config, mean, std: as in `patchify`.
+      slots, tokens: as in `pack_images`.
+    """
+    batch, height, width = pixels.shape[:3]
+    grid = (height // config.unit, width // config.unit)
+    count = grid[0] * grid[1] * config.spatial_merge_size**2
+    # Where each patch goes is found by packing their numbers, from 1, so that 0 is padding.
+    numbers = np.arange(1, count + 1, dtype=np.float32)[:, None]
+    layout = pack_images([numbers], [grid], config, slots=slots, tokens=tokens)
+    number = layout.patches[0, ..., 0].astype(np.int32)
+    patches = jnp.pad(_in_patches(pixels, config), ((0, 0), (1, 0), (0, 0), (0, 0)))[:, number]
+    levels = patches.astype(jnp.float32) / 255
+    levels = (levels - jnp.asarray(mean, jnp.float32)[:, None]) / jnp.asarray(std, jnp.float32)[
+        :, None
+    ]
+    levels = jnp.where(number[..., None, None] > 0, levels, 0)
+    frames = jnp.repeat(levels[..., None, :], config.temporal_patch_size, axis=-2)
+    return PackedImages(
+        patches=frames.reshape(batch, *number.shape, config.patch_dim),
+        **{
+            name: jnp.repeat(jnp.asarray(getattr(layout, name)), batch, axis=0)
+            for name in ("positions", "segments", "order")
+        },
+    )
+
+
+def _in_patches(pixels, config: VisionConfig):
+    """[B, H, W, C], numpy or jax -> [B, P, C, patch**2]: merge blocks in raster order, patches in raster order."""
+    batch, height, width, channels = pixels.shape
+    unit, merge, patch = config.unit, config.spatial_merge_size, config.patch_size
+    blocks = pixels.reshape(
+        batch, height // unit, merge, patch, width // unit, merge, patch, channels
+    )
+    # [B, gh, gw, merge, merge, C, patch, patch]
+    return blocks.transpose(0, 1, 4, 2, 5, 7, 3, 6).reshape(batch, -1, channels, patch * patch)
 
 
 def slots_needed(gh: int, gw: int, config: VisionConfig) -> int:

@@ -4,6 +4,7 @@ L prompt tokens, S tokens of a source picture, Q query tokens, B batch. All arra
 """
 
 import dataclasses
+import itertools
 import pathlib
 import re
 from collections.abc import Iterable, Sequence
@@ -199,16 +200,14 @@ class PromptEncoder:
 
     def _encode_segment(self, piece: str, texts: Sequence[str]) -> list["_Token"]:
         """Template and caller's text between two special tokens, encoded as a whole: merges cross the seam."""
-        segment, from_caller = "", np.zeros(0, bool)
-        for number, part in enumerate(_PLACE_PATTERN.split(piece)):
-            callers = number % 2 == 1
-            part = texts[int(part)] if callers else part
-            segment += part
-            from_caller = np.append(from_caller, np.full(len(part), callers))
-        encoding = self._plain.encode(segment)
+        parts = _PLACE_PATTERN.split(piece)  # every second one is a place
+        parts[1::2] = [texts[int(place)] for place in parts[1::2]]
+        from_caller = [number % 2 for number, part in enumerate(parts) for _ in part]
+        before = [0, *itertools.accumulate(from_caller)]  # the caller's characters before each
+        encoding = self._plain.encode("".join(parts))
         tokens, last_end = [], 0
         for token_id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-            inside = start < end and bool(from_caller[start:end].all())
+            inside = start < end and before[end] - before[start] == end - start
             tokens.append(_Token(token_id, may_go=inside, starts_character=start >= last_end))
             last_end = end
         return tokens

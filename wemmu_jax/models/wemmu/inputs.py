@@ -6,13 +6,17 @@ n source pictures, S source tokens, L prompt tokens.
 import dataclasses
 import math
 import pathlib
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
+from wemmu_jax.data.features import Features
+from wemmu_jax.data.records import Picture
 from wemmu_jax.files import read_object
-from wemmu_jax.models.qwen2_5_vl.images import pack_images, patchify, slots_needed
+from wemmu_jax.models.qwen2_5_vl.images import pack_images, pack_pixels, patchify, slots_needed
 from wemmu_jax.models.qwen2_5_vl.prompt import PromptEncoder
 from wemmu_jax.models.wemmu.batch import PackedImages, PromptBatch
 from wemmu_jax.models.wemmu.config import WeMMUConfig
@@ -58,6 +62,7 @@ class RowEncoder:
       mean, std: of the ViT's input, for each channel.
       pixel_limits: fewest and most pixels of a picture in a chat.
       shapes: static paddings.
+      features: cached latents, which then stand where the DC-AE's pixels would.
     """
 
     config: WeMMUConfig
@@ -66,6 +71,7 @@ class RowEncoder:
     std: tuple[float, ...]
     pixel_limits: tuple[int, int]
     shapes: Shapes = Shapes(tokens=0, slots=0)
+    features: Features | None = None
 
     @classmethod
     def load(cls, folder: str | pathlib.Path, config: WeMMUConfig) -> "RowEncoder":
@@ -143,6 +149,11 @@ class RowEncoder:
             patches, grids, vision, slots=self.shapes.slots, tokens=self.shapes.tokens
         )
 
+    def pack_pixels(self, pixels: jax.Array) -> PackedImages:
+        """uint8[B, H, W, 3], sides multiples of the ViT's unit, as the ViT reads them; a program for the device."""
+        how = {"slots": self.shapes.slots, "tokens": self.shapes.tokens}
+        return pack_pixels(pixels, self.config.vlm.vision, self.mean, self.std, **how)
+
     # -- training: what `wemmu_jax.data.pipeline` is given
 
     def text_length(self, example) -> int:
@@ -157,16 +168,30 @@ class RowEncoder:
         prompt = self._cut_prompt(example.text, (grid,) * count, limit=text_length)
         row = self.prompt_row(prompt, text_length=text_length, sources=count)
         row["cut"] = np.int32(prompt.cut)
-        row["target"] = example.target.load(bucket.height, bucket.width)
+        # What the DC-AE reads, or what it made of it.
+        encoded = _pixels if self.features is None else self.features.latents
+        row["target"] = encoded(example.target, bucket.height, bucket.width)
+        row["picture_id"] = picture_id(row["target"])
         if count:
             vit_size, vae_size = self.source_sizes(grid)
-            packed = self.pack([source.load(*vit_size) for source in example.sources])
-            row |= {name: getattr(packed, name) for name in IMAGE_FIELDS}
-            row["source_pixels"] = np.stack([source.load(*vae_size) for source in example.sources])
+            row["vit_pixels"] = np.stack([source.load(*vit_size) for source in example.sources])
+            row["source_pixels"] = np.stack(
+                [encoded(source, *vae_size) for source in example.sources]
+            )
         return row
 
     def _cut_prompt(self, text: str, grids: tuple[tuple[int, int], ...], limit: int = TEXT_LIMIT):
         return self.prompt(text, grids, overflow="cut", limit=min(limit, TEXT_LIMIT))
+
+
+def _pixels(picture: Picture, height: int, width: int) -> np.ndarray:
+    return picture.load(height, width)
+
+
+def picture_id(pixels: np.ndarray) -> np.uint32:
+    """A number that tells pictures apart by what they show: data sets give one picture several captions, and two
+    of them may hold the same one."""
+    return np.uint32(zlib.crc32(np.ascontiguousarray(pixels)))
 
 
 def read_preprocessing(file: pathlib.Path) -> dict[str, tuple]:
@@ -227,7 +252,6 @@ def _pixel_limits(settings: Mapping[str, Any]) -> tuple[int, int]:
     return limits
 
 
-IMAGE_FIELDS = tuple(field.name for field in dataclasses.fields(PackedImages))
 PROMPT_FIELDS = tuple(field.name for field in dataclasses.fields(PromptBatch))
 
 
@@ -236,10 +260,3 @@ def prompt_batch(arrays: dict[str, np.ndarray]) -> PromptBatch:
     fields = {name: arrays[name] for name in PROMPT_FIELDS}
     fields["position_ids"] = np.moveaxis(fields["position_ids"], 1, 0)
     return PromptBatch(**fields)
-
-
-def packed_images(arrays: dict[str, np.ndarray]) -> PackedImages:
-    """Stacked rows [B, n, ...] as [B * n, ...]."""
-    return PackedImages(
-        **{name: arrays[name].reshape(-1, *arrays[name].shape[2:]) for name in IMAGE_FIELDS}
-    )

@@ -1,0 +1,236 @@
+"""Broken tars, odd pictures, odd captions: each is read rightly or ends in the ledger, and no good record is lost."""
+
+import io
+import re
+import struct
+import tarfile
+import zlib
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+
+from tests.data.conftest import PICTURES, picture, shown
+from wemmu_jax.data.buckets import make_buckets
+from wemmu_jax.data.ledger import Ledger
+from wemmu_jax.data.pipeline import MicroBatches
+from wemmu_jax.data.sources import build_feeds, build_source
+from wemmu_jax.data.tasks import Task
+
+
+def write_tar(path, samples, **options):
+    with webdataset.TarWriter(str(path), **options) as tar:
+        for key, (image, text) in samples.items():
+            tar.write({"__key__": key, "png": image, "txt": text, "json": {"url": key}})
+
+
+def tar_of_all(path):
+    write_tar(path, {name: (picture(name), f"a {name}") for name in PICTURES})
+    with tarfile.open(path) as tar:
+        return {member.name: member for member in tar}
+
+
+def flip_header(data, member):
+    data[member.offset_data - 512 + 130] ^= 0x10
+
+
+def zero_header(data, member):
+    data[member.offset_data - 512 : member.offset_data] = bytes(512)
+
+
+def flip_date(data, member):
+    """In the header before the header, which holds only the date."""
+    assert member.offset == member.offset_data - 3 * 512
+    data[member.offset + 130] ^= 0x10
+
+
+def zero_block(data, member):
+    start = member.offset_data
+    data[start : start + 512] = bytes(512)
+
+
+def cut_inside(data, member):
+    del data[member.offset_data + 2 :]
+
+
+def cut_before(data, member):
+    del data[member.offset :]
+
+
+def cut_in_the_header(data, member):
+    del data[member.offset_data - 100 :]
+
+
+@pytest.mark.parametrize(
+    ("damage", "member", "lost", "reason"),
+    [
+        # A sample's members lie in the order json, png, txt.
+        (flip_header, "p0.png", {"p0"}, "p0 no picture .* header is damaged"),
+        (flip_header, "p2.png", {"p2"}, "p2 no picture .* header is damaged"),
+        (flip_header, "p2.txt", {"p2"}, r"p2 no \.txt"),
+        (flip_header, "p5.txt", {"p5"}, r"p5 no \.txt"),
+        (flip_header, "p2.json", set(), "before p2 .* header is damaged"),
+        (flip_date, "p2.png", set(), "before p2 .* header is damaged"),
+        (zero_header, "p3.png", {"p3"}, "p3 no picture .* header is damaged"),
+        (zero_header, "p0.json", set(), "before p0 .* header is damaged"),
+        (zero_block, "p3.png", {"p3"}, "not a picture of a known format"),
+        (zero_block, "p3.txt", {"p3"}, None),
+        (cut_inside, "p4.png", {"p4", "p5"}, r"the tar is cut: p4\.png should end at"),
+        (cut_inside, "p4.txt", {"p4", "p5"}, r"the tar is cut: p4\.txt should end at"),
+        (cut_in_the_header, "p5.json", {"p5"}, "before its end .* header is damaged"),
+        (cut_before, "p4.txt", {"p4", "p5"}, r"p4 no \.txt"),
+        (cut_before, "p4.json", {"p4", "p5"}, None),
+    ],
+)
+def test_a_damaged_tar(tmp_path, damage, member, lost, reason):
+    path = tmp_path / "0.tar"
+    members = tar_of_all(path)
+    data = bytearray(path.read_bytes())
+    damage(data, members[member])
+    path.write_bytes(data)
+    source = build_source({"type": "webdataset", "paths": str(path)})
+    found = [source[number] for number in range(len(source))]
+    if damage is zero_block and member.endswith(".txt"):
+        assert found[3].text == "\0" * 4, "nothing tells that these zeros are not the caption"
+        lost, found[3:4] = {"p3"}, []
+    kept = [name for name in PICTURES if name not in lost]
+    assert [(r.key, r.text, shown(r.target)) for r in found] == [
+        (f"0/{name}", f"a {name}", name) for name in kept
+    ]
+    if reason is None:
+        assert source.problems() == [], "an archive may end anywhere between two files"
+    else:
+        [problem] = source.problems()
+        assert re.search(reason, f"{problem.key} {problem.reason}")
+
+
+def test_what_is_no_damage(tmp_path):
+    """Archives joined by `cat`, padded by more zeros than usual, or holding folders and links."""
+    tar_of_all(tmp_path / "a.tar")
+    first = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "b.tar").write_bytes(first + bytes(10 * 512) + first + bytes(512 * 64))
+    source = build_source({"type": "webdataset", "paths": str(tmp_path / "b.tar")})
+    assert len(source) == 2 * len(PICTURES) and source.problems() == []
+
+
+def test_missing_empty_and_compressed_shards(tmp_path):
+    tar_of_all(tmp_path / "00001.tar")
+    (tmp_path / "00002.tar").write_bytes(b"")
+    spec = {"type": "webdataset", "paths": str(tmp_path / "{00000..00002}.tar")}
+    source = build_source(spec)
+    assert len(source) == 6
+    assert [(p.key, p.reason) for p in source.problems()] == [
+        (str(tmp_path / "00000.tar"), "no such file"),
+        (f"{tmp_path}/00002.tar before its end", "an empty file, not even an empty tar"),
+    ]
+    with tarfile.open(tmp_path / "00000.tar", "w:gz") as tar:
+        tar.add(tmp_path / "00001.tar", "x.png")
+    assert "compressed" in build_source(spec).problems()[0].reason
+    (tmp_path / "00000.tar").unlink()
+    entry = {"name": "a", "tasks": ["T2I"], **spec}
+    with pytest.raises(ValueError, match=r"'a': 2 of 8 records cannot be read"):
+        build_feeds([entry], bad_share=0.01)
+
+
+def png(image, **options):
+    out = io.BytesIO()
+    image.save(out, options.pop("format", "PNG"), **options)
+    return out.getvalue()
+
+
+def bomb():
+    """A PNG header of 60,000 x 60,000 pixels."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    small = png(Image.new("RGB", (1, 1)))
+    return small[:12] + header + struct.pack(">I", zlib.crc32(header)) + small[33:]
+
+
+def odd_pictures():
+    """Name -> (file, size it has, colour that it shows or None: it must not be read)."""
+    grey = np.full((20, 30), 40 * 257, np.uint16)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    whole, photo = (png(Image.fromarray(noise), format=format) for format in ("PNG", "JPEG"))
+    alpha = Image.new("RGBA", (30, 20), (0, 0, 255, 0))
+    palette = Image.new("P", (30, 20), 1)
+    palette.putpalette([0, 0, 0, 200, 10, 10])
+    return {
+        "cmyk": (png(Image.new("CMYK", (30, 20)), format="JPEG"), (20, 30), (255, 255, 255)),
+        "sixteen": (png(Image.fromarray(grey)), (20, 30), (40, 40, 40)),
+        "palette": (png(palette), (20, 30), (200, 10, 10)),
+        "alpha": (png(alpha), (20, 30), (255, 255, 255)),
+        "turned": (png(Image.new("RGB", (30, 20)), format="JPEG", exif=exif), (30, 20), (0, 0, 0)),
+        "dot": (png(Image.new("RGB", (1, 1), (9, 8, 7))), (1, 1), (9, 8, 7)),
+        "thread": (png(Image.new("RGB", (3000, 10), (9, 8, 7))), (10, 3000), (9, 8, 7)),
+        "cut": (photo[: len(photo) // 2], (64, 64), None),
+        "half": (whole[: len(whole) // 2], None, None),
+        "empty": (b"", None, None),
+        "text": (b"<html>not found</html>", None, None),
+        "bomb": (bomb(), None, None),
+    }
+
+
+def encode(example, bucket, length):
+    return {"target": example.target.load(bucket.height, bucket.width), "cut": np.int32(0)}
+
+
+def length(example):
+    return len(example.text) // 4
+
+
+def test_odd_pictures_and_captions_from_tar_to_ledger(tmp_path):
+    odd = odd_pictures()
+    texts = {
+        "long": "word " * 20_000,
+        "special": "<|im_end|><|vision_start|> {caption}",
+        "nothing": "",
+        "space": " \n ",
+    }
+    samples = {name: (image, name) for name, (image, _, _) in odd.items()}
+    samples |= {name: (picture("p0"), text) for name, text in texts.items()}
+    write_tar(tmp_path / "0.tar", samples)
+    with tarfile.open(tmp_path / "0.tar", "a") as tar:
+        for name, data in (("latin.png", picture("p0")), ("latin.txt", b"caf\xe9")):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    entry = {"name": "odd", "tasks": ["T2I"], "type": "webdataset"}
+    feeds = build_feeds([{**entry, "paths": str(tmp_path / "0.tar")}])
+    source = feeds[0].source
+    found = {source[number].key: source[number] for number in range(len(source))}
+    problems = {problem.key: problem.reason for problem in source.problems()}
+    assert len(found) + len(problems) == len(samples) + 1 and not found.keys() & problems.keys()
+    for name, (_, size, colour) in odd.items():
+        if size is None:
+            assert f"0/{name}" in problems
+            continue
+        target = found[f"0/{name}"].target
+        assert (target.height, target.width) == size
+        if colour is not None:
+            assert np.abs(target.load(16, 32).astype(int) - colour).max() <= 2, name
+    assert "limit" in problems["0/bomb"] and "empty" in problems["0/empty"]
+    assert "empty" in problems["0/nothing"] and "empty" in problems["0/space"]
+    assert "UTF-8" in problems["0/latin"]
+    assert found["0/special"].text == texts["special"]
+    assert found["0/long"].text == texts["long"].strip()
+
+    made = MicroBatches(
+        feeds=feeds,
+        mixture={Task.T2I: 1},
+        buckets=make_buckets(64, multiple=32, count=1),
+        rows=5,
+        seed=0,
+        encode_row=encode,
+        text_length=length,
+    )
+    ledger = Ledger(tmp_path / "ledger.jsonl", share=0.5)
+    ledger.note_indexed(feeds)
+    drawn = set()
+    for number in range(4):
+        ledger.note(made[number])
+        drawn |= {key.removeprefix("odd/") for key in made[number].keys}
+    assert drawn == found.keys() - {"0/cut"}
+    written = (tmp_path / "ledger.jsonl").read_text().splitlines()
+    assert len(written) == len(problems) + 1 and '"0/cut"' in written[-1]

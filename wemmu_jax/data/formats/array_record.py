@@ -1,0 +1,88 @@
+"""ArrayRecord files as `wemmu data pack` writes them: one record each, its pictures as they were.
+
+A record is a JSON object and the pictures' bytes: `{"key", "text", "sizes": [bytes of the target, of a source, ...]}`,
+a newline, the target, the sources.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Iterator, Sequence
+
+from array_record.python import array_record_module
+
+from wemmu_jax.data import storage
+from wemmu_jax.data.formats.parquet import ELEMENTS
+from wemmu_jax.data.index import Entry, Place, Problem
+
+_CHUNK = 256  # records read at once in a scan
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayRecord:
+    """Packed files, local ones: the library reads no buckets.
+
+    Attributes:
+      paths: names, `{00000..00009}`, `*`.
+    """
+
+    paths: str | list | tuple
+
+    def inputs(self) -> list[str]:
+        """The files."""
+        return storage.expand(self.paths)
+
+    def units(self) -> list[str]:
+        """The files."""
+        return self.inputs()
+
+    def scan(self, path: str) -> Iterator[Entry | Problem]:
+        """The records of a file."""
+        if storage.is_remote(path) or not os.path.exists(path):
+            yield Problem(path, "no such local file")
+            return
+        try:
+            count = _reader(path).num_records()
+            for first in range(0, count, _CHUNK):
+                numbers = list(range(first, min(first + _CHUNK, count)))
+                for number, data in zip(numbers, _reader(path).read(numbers), strict=True):
+                    header, _ = _split(data)
+                    places = (
+                        Place(path, number * ELEMENTS + i) for i in range(len(header["sizes"]))
+                    )
+                    yield Entry(header["key"], header["text"], tuple(places))
+        except (RuntimeError, ValueError) as error:
+            yield Problem(path, f"damaged: {error}")
+
+    def read(self, path: str, at: int, size: int) -> bytes:
+        """Bytes of one of a record's pictures."""
+        number, element = divmod(at, ELEMENTS)
+        try:
+            [data] = _reader(path).read([number])
+        except (RuntimeError, IndexError) as error:
+            raise ValueError(f"{path}, record {number}: {error}") from error
+        header, start = _split(data)
+        start += sum(header["sizes"][:element])
+        return data[start : start + header["sizes"][element]]
+
+
+def pack(key: str, text: str, pictures: Sequence[bytes]) -> bytes:
+    """A record, its target's bytes first."""
+    header = {"key": key, "text": text, "sizes": [len(picture) for picture in pictures]}
+    return b"".join([json.dumps(header).encode(), b"\n", *pictures])
+
+
+def writer(path: str) -> array_record_module.ArrayRecordWriter:
+    """For `write(bytes)` and `close()`; groups of one record are what makes random reads cheap."""
+    return array_record_module.ArrayRecordWriter(path, "group_size:1,uncompressed")
+
+
+def _split(data: bytes) -> tuple[dict, int]:
+    end = data.index(b"\n")
+    return json.loads(data[:end]), end + 1
+
+
+@functools.lru_cache(maxsize=64)
+def _reader(path: str) -> array_record_module.ArrayRecordReader:
+    return array_record_module.ArrayRecordReader(path, "readahead_buffer_size:0")

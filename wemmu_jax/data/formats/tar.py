@@ -1,0 +1,203 @@
+"""Tars of samples: webdataset, as img2dataset writes it (CC12M, LAION) and as BLIP3o comes.
+
+The members of a sample lie together and share their name up to its first dot: `000001.jpg`, `000001.txt`,
+`000001.json`. tarfile reads the headers; what it steps over, a header whose checksum does not fit or blocks of zeros
+in the middle, is told apart here from what is only padding.
+"""
+
+import dataclasses
+import json
+import pathlib
+import tarfile
+from collections.abc import Iterator
+from typing import BinaryIO
+
+from wemmu_jax.data import storage
+from wemmu_jax.data.index import Entry, Place, Problem
+
+PICTURES = ("jpg", "jpeg", "png", "webp")
+_BLOCK = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """A file in a tar: its name, the offset of its first byte, its size, and what was skipped before its header."""
+
+    name: str
+    at: int
+    size: int
+    gap: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Webdataset:
+    """Tars with a picture and a caption for each key.
+
+    Attributes:
+      paths: tars: names, `{00000..01242}`, `*`.
+      text: the caption's member: an extension (`txt`), or `json:FIELD`; empty: the set has none.
+    """
+
+    paths: str | list | tuple
+    text: str = "txt"
+
+    def inputs(self) -> list[str]:
+        """The tars."""
+        return storage.expand(self.paths)
+
+    def units(self) -> list[str]:
+        """The tars."""
+        return self.inputs()
+
+    def scan(self, path: str) -> Iterator[Entry | Problem]:
+        """The samples of a tar; keys are `TAR/KEY` without the tar's extension."""
+        if storage.stamp(path) is None:
+            yield Problem(path, "no such file")
+            return
+        with storage.local_copy(path):
+            try:
+                yield from self._records(path)
+            except ValueError as error:
+                yield Problem(path, str(error))
+
+    def _records(self, path: str) -> Iterator[Entry | Problem]:
+        shard = pathlib.PurePosixPath(path).name.partition(".")[0]
+        was_whole = True
+        for stem, members in _samples(path):
+            key = f"{shard}/{stem}"
+            gap = "; ".join(m.gap for m in members.values() if m.gap)
+            try:
+                if stem:
+                    yield Entry(key, self._text(path, members), (_picture(path, members),))
+            except ValueError as error:
+                was_whole = False
+                yield Problem(key, f"{error} ({path}{': ' + gap if gap else ''})")
+            else:
+                if gap and was_whole:  # else it is what the sample before lacks
+                    yield Problem(f"{path} before {stem or 'its end'}", gap)
+                was_whole = True
+
+    def read(self, path: str, at: int, size: int) -> bytes:
+        """Bytes of a member."""
+        return storage.read(path, at, size)
+
+    def _text(self, path: str, members: dict[str, Member]) -> str:
+        if not self.text:
+            return ""
+        extension, _, field = self.text.partition(":")
+        if extension not in members:
+            raise ValueError(f"no .{extension} beside {', '.join(members) or 'nothing'}")
+        member = members[extension]
+        try:
+            text = storage.read(path, member.at, member.size).decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f".{extension} is not UTF-8: {error}") from error
+        if field:
+            try:
+                text = json.loads(text)[field]
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(
+                    f".{extension} has no field {field!r}: {type(error).__name__} {error}"
+                ) from error
+        return checked_text(text)
+
+
+def checked_text(text: object) -> str:
+    """A caption without space around it.
+
+    Raises:
+      ValueError: it is no text, or an empty one, or no Unicode.
+    """
+    if not isinstance(text, str):
+        raise ValueError(f"expected a text, found {type(text).__name__}")
+    if not text.strip():
+        raise ValueError("the text is empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the text is no Unicode: {error}") from error
+    return text.strip()
+
+
+def members(path: str) -> Iterator[Member]:
+    """The regular files of a tar, in order; the last one may be a nameless `Member` with only a gap.
+
+    Raises:
+      ValueError: it is compressed.
+    """
+    size = storage.size_of(path)
+    if not size:
+        yield Member("", 0, -1, "an empty file, not even an empty tar")
+        return
+    if storage.read(path, 0, min(size, 2)) == b"\x1f\x8b":
+        raise ValueError(f"{path}: a compressed tar cannot be read at random: unpack it")
+    end = 0
+    with storage.open_file(path) as file:
+        tar = _open(file, size)
+        while tar is not None:
+            try:
+                info = tar.next()
+            except tarfile.ReadError:
+                if tar.offset >= size:
+                    break
+                tar.offset += _BLOCK  # a long name whose own header is broken
+                continue
+            tar.members.clear()
+            if info is None:
+                break
+            gap = _gap(path, end, info.offset)
+            end = -(-(info.offset_data + info.size) // _BLOCK) * _BLOCK
+            if info.offset_data + info.size > size:
+                after = f"the tar is cut: {info.name} should end at {info.offset_data + info.size}"
+                yield Member(info.name, info.offset_data, -1, f"{after}, the file ends at {size}")
+                return
+            if info.isreg():
+                yield Member(info.name, info.offset_data, info.size, gap)
+    if tail := _gap(path, end, size):
+        yield Member("", 0, -1, tail)
+
+
+def _open(file: BinaryIO, size: int) -> tarfile.TarFile | None:
+    """Tolerant of broken headers, at the beginning too: goes on, a block at a time, until one is whole."""
+    for start in range(0, size, _BLOCK):
+        file.seek(start)
+        try:
+            return tarfile.open(fileobj=file, mode="r:", ignore_zeros=True)
+        except tarfile.ReadError:
+            pass
+    return None
+
+
+def _gap(path: str, start: int, end: int) -> str:
+    """What lies between two members if it is not only zeros."""
+    at = start
+    while at < end:
+        data = storage.read(path, at, min(end - at, 1 << 20))
+        if data.strip(b"\0"):
+            return f"{end - start} bytes at {start} belong to no file: a header is damaged"
+        at += len(data)
+    return ""
+
+
+def _samples(path: str) -> Iterator[tuple[str, dict[str, Member]]]:
+    """(name up to the first dot, extension -> member), as they come."""
+    stem, sample = "", {}
+    for member in members(path):
+        folder, slash, name = member.name.rpartition("/")
+        own, _, extension = name.partition(".")
+        own = folder + slash + own
+        if sample and own != stem:
+            yield stem, sample
+            sample = {}
+        stem = own
+        # A second file of the same name is a second copy; the first one counts.
+        sample.setdefault(extension.lower() if member.size >= 0 else "", member)
+    if sample:
+        yield stem, sample
+
+
+def _picture(path: str, members: dict[str, Member]) -> Place:
+    for extension in PICTURES:
+        if extension in members:
+            return Place(path, members[extension].at, members[extension].size)
+    raise ValueError(f"no picture beside {', '.join(filter(None, members)) or 'nothing'}")

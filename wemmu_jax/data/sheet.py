@@ -1,0 +1,79 @@
+"""A sheet of samples as training sees them: an HTML page that needs no other file."""
+
+import base64
+import html
+import io
+import pathlib
+from collections.abc import Callable
+
+from PIL import Image
+
+from wemmu_jax.data.pipeline import MicroBatches
+from wemmu_jax.data.rows import Candidates
+
+SIDE = 192  # pixels of a picture's longer side on the page
+
+_STYLE = (
+    "body{font:14px sans-serif;margin:2em}table{border-collapse:collapse}td{border-top:1px solid #ccc;"
+    "padding:.5em;vertical-align:top}code{white-space:pre-wrap}"
+)
+
+
+def write_sheet(
+    page: pathlib.Path,
+    data: MicroBatches,
+    *,
+    count: int,
+    source_size: Callable[[int, int], tuple[int, int]] = lambda height, width: (height, width),
+) -> int:
+    """Draws the rows of the first micro-batches, at least `count` of them, and what could not be used.
+
+    Args:
+      page: the HTML file.
+      data: whose order is shown; its `text_length` counts the tokens.
+      count: of rows.
+      source_size: (height, width) of a target -> that of its sources as the DC-AE sees them.
+
+    Returns:
+      How many rows are on the page.
+    """
+    lines, number = [], 0
+    while len(lines) < count:
+        plan = data.plan(number)
+        bucket = data.buckets[plan.bucket]
+        size = source_size(bucket.height, bucket.width)
+        for row in range(data.rows):
+            measured = data.maker.measure(data.candidates(plan, row))
+            lines.append(_line(data, number, measured.candidates, measured.tokens, bucket, size))
+        number += 1
+    text = (
+        f"<!doctype html><meta charset=utf-8><title>samples</title><style>{_STYLE}</style>"
+        f"<h1>{len(lines)} samples, micro-batches 0 to {number - 1}</h1><table>{''.join(lines)}</table>\n"
+    )
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(text, encoding="utf-8")
+    return len(lines)
+
+
+def _line(data, number: int, candidates: Candidates, tokens: int, bucket, size) -> str:
+    name = data.feeds[candidates.feed].name
+    example = data.maker.example(candidates.feed, candidates.records[0])
+    about = (
+        f"{number} · {example.task.value}<br>{html.escape(f'{name}/{example.key}')}<br>"
+        f"{bucket.height} x {bucket.width}<br>{tokens} tokens"
+    )
+    try:
+        sources = "".join(_image(source.load(*size)) for source in example.sources)
+        target = _image(example.target.load(bucket.height, bucket.width))
+    except (ValueError, OSError) as error:
+        sources, target = "", f"<b>replaced: {html.escape(str(error))}</b>"
+    prompt = html.escape(example.text) or "<i>empty</i>"
+    return f"<tr><td>{about}<td>{sources}<td><code>{prompt}</code><td>{target}"
+
+
+def _image(pixels) -> str:
+    image = Image.fromarray(pixels)
+    image.thumbnail((SIDE, SIDE))
+    out = io.BytesIO()
+    image.save(out, "JPEG", quality=85)
+    return f'<img src="data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}">'
