@@ -1,6 +1,8 @@
 """A micro-batch on the device: one bucket, one arity. B rows, n source pictures."""
 
+import functools
 import zlib
+from collections.abc import Callable
 from typing import TypeVar
 
 import flax.struct
@@ -83,7 +85,7 @@ def train_batch(
     return batch, Pixels(arrays["target"], sources)
 
 
-Host = TypeVar("Host", TrainBatch, Pixels)
+Host = TypeVar("Host", TrainBatch, Pixels, dict[str, np.ndarray])
 
 
 def batch_shardings(tree: Host, mesh: Mesh) -> Host:
@@ -102,3 +104,13 @@ def on_devices(tree: Host, mesh: Mesh) -> Host:
     """The global arrays of which every process hands in its own rows."""
     put = jax.make_array_from_process_local_data
     return jax.tree.map(put, batch_shardings(tree, mesh), tree)
+
+
+def on_every_process(tree: Host, mesh: Mesh) -> Host:
+    """Rows of which every process hands in its own, whole on each; devices do it in their turn, nobody waits."""
+    return _copied(mesh)(on_devices(tree, mesh))
+
+
+@functools.lru_cache(maxsize=4)
+def _copied(mesh: Mesh) -> Callable:
+    return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))
