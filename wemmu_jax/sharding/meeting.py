@@ -49,6 +49,9 @@ def _receive(port: int, count: int, deadline: float, timeout: float) -> None:
             while len(came) < count - 1:
                 server.settimeout(max(deadline - time.monotonic(), 0.001))
                 connection, _ = server.accept()
+                # Who was killed meanwhile has to come again.
+                for index in [index for index, other in came.items() if _gone(other)]:
+                    came.pop(index).close()
                 _admit(connection, count, came)
         except (TimeoutError, ValueError) as error:
             if isinstance(error, TimeoutError):
@@ -90,7 +93,7 @@ def _admit(connection: socket.socket, count: int, came: dict[int, socket.socket]
     index = hello["index"]
     if hello["count"] != count:
         error = f"process {index} was told of {hello['count']} processes, process 0 of {count}"
-    elif index in came and not _gone(came[index]):
+    elif index in came:
         error = f"two processes were started as number {index} of {count}"
     else:
         came[index] = connection
@@ -100,7 +103,7 @@ def _admit(connection: socket.socket, count: int, came: dict[int, socket.socket]
 
 
 def _gone(connection: socket.socket) -> bool:
-    """Whether the other side has hung up, as a process does that was killed and is started again."""
+    """Whether the other side has hung up, as that of a process does that was killed."""
     connection.setblocking(False)
     try:
         return connection.recv(1) == b""
