@@ -58,6 +58,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> Non
     with together("preparing the run"):
         check_workdir(workdir, config)
         run = prepare(config)
+    _check_given(run)
     with contextlib.ExitStack() as stack:
         with together("taking the workdir"):
             if is_first():
@@ -65,7 +66,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> Non
                 claim_workdir(workdir, config, run.origin.described() | bridge)
                 stack.enter_context(only_run(workdir))
                 _announce(run, workdir)
-        _check_alike(run, workdir)
+        _check_shared(workdir)
         stop = stack.enter_context(StopOnSignal())
         checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints)
         stack.enter_context(contextlib.closing(checkpoints))
@@ -90,8 +91,25 @@ def _announce(run: Run, workdir: pathlib.Path) -> None:
     write_json(workdir / DESCRIPTION, description)
 
 
-def _check_alike(run: Run, workdir: pathlib.Path) -> None:
-    """Raises ValueError in all processes if one has another config, other weights, or another folder as workdir."""
+def _check_given(run: Run) -> None:
+    """Raises ValueError, in all processes, if one was given another config or finds other weights."""
+    mine = {"config": json.loads(run.config.to_json()), "weights": run.origin.fingerprint}
+    first, *others = exchange(mine)
+    for index, other in enumerate(others, 1):
+        if lines := differences(first["config"], other["config"]):
+            raise ValueError(
+                f"process 0 has another config than process {index} (here):\n  "
+                + "\n  ".join(lines)
+            )
+        if other["weights"] != first["weights"]:
+            raise ValueError(
+                f"{run.origin.folder} holds weights {first['weights'][:12]} for process 0, "
+                f"{other['weights'][:12]} for process {index}"
+            )
+
+
+def _check_shared(workdir: pathlib.Path) -> None:
+    """Raises ValueError, in all processes, if one does not see what the first has just written."""
 
     def started() -> str | None:
         path = workdir / DESCRIPTION
@@ -101,23 +119,12 @@ def _check_alike(run: Run, workdir: pathlib.Path) -> None:
     until = time.monotonic() + _VISIBLE
     while started() != expected and time.monotonic() < until:
         time.sleep(0.5)
-    config = json.loads(run.config.to_json())
-    mine = {"config": config, "weights": run.origin.fingerprint, "sees": started() == expected}
-    first, *others = exchange(mine)
-    for index, other in enumerate(others, 1):
-        if lines := differences(first["config"], other["config"]):
-            raise ValueError(
-                f"process {index} has another config than process 0:\n  " + "\n  ".join(lines)
-            )
-        if other["weights"] != first["weights"]:
-            raise ValueError(
-                f"{run.origin.folder} holds other weights for process {index} than for process 0"
-            )
-        if not other["sees"]:
-            raise ValueError(
-                f"{workdir} is not the same folder for process {index} as for process 0; it must lie on storage that "
-                "all hosts share"
-            )
+    blind = [index for index, sees in enumerate(exchange(started() == expected)) if not sees]
+    if blind:
+        raise ValueError(
+            f"{workdir} of process 0 is not that of {', '.join(map(str, blind))}; it must lie on storage that "
+            "all hosts share"
+        )
 
 
 def _first_state(run: Run, checkpoints: Checkpoints) -> TrainState:
