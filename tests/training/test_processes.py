@@ -1,12 +1,15 @@
 """Training on two real processes, beside the same on one."""
 
 import functools
+import json
 import re
 import signal
 from unittest import mock
 
 import jax
 import numpy as np
+import pytest
+from PIL import Image
 
 from tests.training.members import ended, metrics, start, train_words, wait_for
 from wemmu_jax.sharding.mesh import make_mesh
@@ -58,3 +61,45 @@ def test_two_processes_are_stopped_and_go_on_as_one_would(config_of, tmp_path):
     a, b = (Checkpoints(tmp_path / name).params(8) for name in ("one", "two"))
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_of_four_devices_are_one_of_eight(config_of, tmp_path):
+    """All tasks, with validation and sample pictures, which all draw and the first one writes."""
+    changes = {"optimizer.steps": 3, "every.validate": 3, "every.sample": 3, "mesh.fsdp": 2}
+    config = config_of("stage1", **changes)
+    for code, _, error in ended(start([train_words(config, tmp_path / "two")] * 2, devices=4)):
+        assert code == 0, error
+    assert_same(metrics(tmp_path / "two"), alone(config, tmp_path / "one", devices=8), steps=3)
+    for name in ("000000.png", "000003.png"):
+        two, one = (
+            np.asarray(Image.open(tmp_path / run / "samples" / name)).astype(int)
+            for run in ("two", "one")
+        )
+        assert two.shape == one.shape and np.abs(two - one).max() <= 1
+    described = json.loads((tmp_path / "two/run_description.json").read_text())
+    assert described["devices"].startswith("8 x cpu, 2 processes")
+    assert len(list((tmp_path / "two/tensorboard").iterdir())) == 1
+
+
+@pytest.mark.slow
+def test_processes_that_were_given_different_things(config_of, tmp_path):
+    config = config_of("stage1", **ONE_ARITY)
+    own, other = tmp_path / "own", tmp_path / "other"
+    words = train_words(config, own)
+    members = start([words, [*words, "--config.optimizer.learning_rate=0.5"]], devices=1)
+    for code, _, error in ended(members):
+        assert code == 2 and "process 0 has another config than process 1" in error
+        assert "optimizer.learning_rate: 0.001 there, 0.5 here" in error
+    # An error of one alone, which the other could not know of.
+    (code, _, error), (its_code, _, its_error) = ended(
+        start([words, [*words, "--init", str(tmp_path / "nowhere")]], devices=1)
+    )
+    assert code == its_code == 2
+    assert "wemmu train: process 1 of 2, preparing the run: no weights:" in error
+    assert its_error.startswith("wemmu train: no weights:") and "is not a folder" in its_error
+    assert not own.exists()
+    # A workdir that is not on shared storage.
+    for code, _, error in ended(start([words, train_words(config, other)], devices=1)):
+        assert code == 2 and "of process 0 is not that of 1" in error
+    assert not (own / "checkpoints").exists() and not other.exists()
