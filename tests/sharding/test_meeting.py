@@ -1,7 +1,10 @@
 """Processes that meet, and those that do not; as threads, which is all the same to a socket."""
 
 import functools
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -152,6 +155,22 @@ def test_flags_come_from_the_environment_too(capsys, monkeypatch):
     monkeypatch.setenv("JAX_PROCESS_ID", "1")
     said(capsys, "--process=3")
     assert seen["found"] == ("h:1", 4, 3)
+
+
+@pytest.mark.parametrize("platform", ["cuda", "abacus"])
+def test_an_accelerator_that_is_not_there(platform, tmp_path):
+    """In a process of its own, because JAX looks once."""
+    words = ["train", "--config", "configs/tiny.py:stage1", "--workdir", str(tmp_path / "run")]
+    found = subprocess.run(
+        [sys.executable, "-m", "wemmu_jax", *words],
+        env={**os.environ, "JAX_PLATFORMS": platform},
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 2 and not (tmp_path / "run").exists()
+    last = found.stderr.splitlines()[-1]
+    assert last.startswith(f"wemmu train: JAX_PLATFORMS={platform} asks for a device that cannot")
+    assert "JAX_PLATFORMS=cpu works anywhere" in last and "Traceback" not in found.stderr
 
 
 def test_slurm_says_it_all(capsys, monkeypatch):

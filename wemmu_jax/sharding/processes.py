@@ -85,11 +85,12 @@ def join(
 def _check_platform() -> None:
     try:
         jax.devices()
-    except RuntimeError as error:
-        asked = jax.config.read("jax_platforms")
+    # The second, and without a word, where the platform's plugin is not installed.
+    except (RuntimeError, AssertionError) as error:
+        why = (str(error) or "JAX has no plugin for it").splitlines()[0]
         raise ValueError(
-            f"JAX_PLATFORMS={asked or ''}: there is no such accelerator here, or it cannot be used "
-            f"({str(error).splitlines()[0]}); JAX_PLATFORMS=cpu works anywhere"
+            f"JAX_PLATFORMS={jax.config.jax_platforms or ''} asks for a device that cannot be had here: {why}. Install "
+            "its plugin (jax[tpu], jax[cuda13]) and look at its driver; JAX_PLATFORMS=cpu works anywhere"
         ) from error
 
 
