@@ -201,3 +201,22 @@ def test_alone_where_nothing_says_otherwise():
         pass
     with pytest.raises(KeyError), processes.together("testing"):
         raise KeyError
+
+
+def test_an_error_of_one_is_raised_by_all(monkeypatch):
+    """Of three processes the last fails; as the first sees it, and as the last."""
+    told = []
+
+    def exchange(value):
+        told.append(value)
+        return [None, None, "no such folder"]
+
+    monkeypatch.setattr(processes, "exchange", exchange)
+    with (
+        pytest.raises(ValueError, match=r"^process 2 of 3, testing: no such folder$"),
+        processes.together("testing"),
+    ):
+        pass
+    with pytest.raises(OSError, match="^no such folder$"), processes.together("testing"):
+        raise OSError("no such folder")
+    assert told == [None, "no such folder"]

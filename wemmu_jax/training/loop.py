@@ -55,10 +55,11 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> Non
         different things.
     """
     workdir = pathlib.Path(workdir)
+    _check_alike("configs", json.loads(config.to_json()))
     with together("preparing the run"):
         check_workdir(workdir, config)
         run = prepare(config)
-    _check_given(run)
+    _check_alike("weights", run.origin.described())
     with contextlib.ExitStack() as stack:
         with together("taking the workdir"):
             if is_first():
@@ -91,20 +92,14 @@ def _announce(run: Run, workdir: pathlib.Path) -> None:
     write_json(workdir / DESCRIPTION, description)
 
 
-def _check_given(run: Run) -> None:
-    """Raises ValueError, in all processes, if one was given another config or finds other weights."""
-    mine = {"config": json.loads(run.config.to_json()), "weights": run.origin.fingerprint}
+def _check_alike(what: str, mine: Mapping) -> None:
+    """Raises ValueError, in all processes, if one has other values in a nested dict than the first."""
     first, *others = exchange(mine)
     for index, other in enumerate(others, 1):
-        if lines := differences(first["config"], other["config"]):
+        if lines := differences(first, other):
             raise ValueError(
-                f"process 0 has another config than process {index} (here):\n  "
+                f"process 0 (there) and process {index} (here) have different {what}:\n  "
                 + "\n  ".join(lines)
-            )
-        if other["weights"] != first["weights"]:
-            raise ValueError(
-                f"{run.origin.folder} holds weights {first['weights'][:12]} for process 0, "
-                f"{other['weights'][:12]} for process {index}"
             )
 
 
