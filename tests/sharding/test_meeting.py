@@ -217,6 +217,6 @@ def test_an_error_of_one_is_raised_by_all(monkeypatch):
         processes.together("testing"),
     ):
         pass
-    with pytest.raises(OSError, match="^no such folder$"), processes.together("testing"):
+    with pytest.raises(OSError, match=r"^no such folder$"), processes.together("testing"):
         raise OSError("no such folder")
     assert told == [None, "no such folder"]
