@@ -98,3 +98,4 @@ def test_processes_that_were_given_different_things(config_of, tmp_path):
     for code, _, error in ended(start([words, train_words(config, other)], devices=1)):
         assert code == 2 and "of process 0 is not that of 1" in error
     assert not (own / "checkpoints").exists() and not other.exists()
+    assert not list(own.glob(".seen*"))

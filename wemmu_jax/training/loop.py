@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 
 from wemmu_jax.data.pipeline import MicroBatch
 from wemmu_jax.data.tasks import Task
-from wemmu_jax.files import read_object, write_json
+from wemmu_jax.files import write_json
 from wemmu_jax.sharding.processes import exchange, is_first, say, together
 from wemmu_jax.training.batch import on_every_process
 from wemmu_jax.training.checkpoints import (
@@ -35,7 +35,6 @@ from wemmu_jax.training.run import Run, describe, prepare
 from wemmu_jax.training.samples import draw_samples
 from wemmu_jax.training.state import TrainState
 
-DESCRIPTION = "run_description.json"
 _VISIBLE = 90  # seconds until what one host writes is seen by all; NFS may remember for a minute what was not there
 _TASKS = list(Task)
 
@@ -84,12 +83,10 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> Non
 
 
 def _announce(run: Run, workdir: pathlib.Path) -> None:
-    description = describe(run) | {
-        "started": time.strftime("%Y-%m-%d %H:%M:%S ") + str(time.time_ns())
-    }
+    description = describe(run)
     say(str(run.config))
     say(json.dumps(description, indent=2))
-    write_json(workdir / DESCRIPTION, description)
+    write_json(workdir / "run_description.json", description)
 
 
 def _check_alike(what: str, mine: Mapping) -> None:
@@ -105,20 +102,20 @@ def _check_alike(what: str, mine: Mapping) -> None:
 
 def _check_shared(workdir: pathlib.Path) -> None:
     """Raises ValueError, in all processes, if one does not see what the first has just written."""
-
-    def started() -> str | None:
-        path = workdir / DESCRIPTION
-        return read_object(path).get("started") if path.exists() else None
-
-    expected = exchange(started())[0]
+    if jax.process_count() == 1:
+        return
+    flag = workdir / exchange(f".seen-{time.time_ns()}")[0]
+    if is_first():
+        flag.touch()
     until = time.monotonic() + _VISIBLE
-    while started() != expected and time.monotonic() < until:
+    while not (sees := flag.exists()) and time.monotonic() < until:
         time.sleep(0.5)
-    blind = [index for index, sees in enumerate(exchange(started() == expected)) if not sees]
+    blind = [str(index) for index, it_sees in enumerate(exchange(sees)) if not it_sees]
+    if is_first():
+        flag.unlink()
     if blind:
         raise ValueError(
-            f"{workdir} of process 0 is not that of {', '.join(map(str, blind))}; it must lie on storage that "
-            "all hosts share"
+            f"{workdir} of process 0 is not that of {', '.join(blind)}; it must lie on storage that all hosts share"
         )
 
 
