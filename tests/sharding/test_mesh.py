@@ -1,5 +1,7 @@
 """Meshes, and where leaves lie on them."""
 
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +20,9 @@ def test_meshes():
 
 @pytest.mark.parametrize("fsdp", [0, 3, 16])
 def test_fsdp_that_does_not_divide_the_devices(fsdp):
-    with pytest.raises(ValueError, match=rf"fsdp={fsdp} .* 8 devices; possible: \[1, 2, 4, 8\]"):
+    with pytest.raises(
+        ValueError, match=rf"mesh.fsdp={fsdp} .* 8 devices \(cpu\); possible: \[1, 2, 4, 8\]"
+    ):
         make_mesh(fsdp=fsdp)
 
 
@@ -70,6 +74,13 @@ def test_moments_lie_as_their_parameters():
     own = jax.tree.leaves(parameter_shardings(params, mesh))
     moments = [s for s in jax.tree.leaves(parameter_shardings(state, mesh)) if s.spec]
     assert len(moments) == 2 and all(s.spec == own[0].spec for s in moments)
+
+
+def test_a_process_has_a_block_of_the_rows():
+    """Its first row is the number of the process times the rows of each, whatever order the devices are given in."""
+    devices = [mock.Mock(id=n, process_index=n % 2) for n in range(4)]
+    grid = make_mesh(fsdp=2, devices=devices).devices
+    assert [device.id for device in grid.flat] == [0, 2, 1, 3]
 
 
 def test_rows_lie_over_all_devices_in_order():

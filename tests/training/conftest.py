@@ -64,6 +64,7 @@ class Seen:
       keys, tasks: of each row, in order.
       gradients: path -> the largest absolute value of any step's gradient.
       states: step -> the trainable values after it.
+      stopped: what the run said when SIGTERM had ended it.
     """
 
     run: run.Run
@@ -73,6 +74,7 @@ class Seen:
     tasks: list[str] = dataclasses.field(default_factory=list)
     gradients: dict[str, float] = dataclasses.field(default_factory=dict)
     states: dict[int, dict[str, np.ndarray]] = dataclasses.field(default_factory=dict)
+    stopped: str = ""
 
 
 def watched(
@@ -114,7 +116,10 @@ def watched(
         return built
 
     with mock.patch.object(loop, "prepare", prepare), quick():
-        loop.train(config, workdir)
+        try:
+            loop.train(config, workdir)
+        except InterruptedError as error:
+            seen.stopped = str(error)
     return seen
 
 

@@ -28,6 +28,7 @@ def in_two_parts(config_of, tmp_path_factory):
 
 def test_sigterm_saves_and_ends_the_run(in_two_parts):
     first, stopped_at, _, _ = in_two_parts
+    assert first.stopped == "stopped at step 3/6; the same command goes on from here"
     assert stopped_at == 3 and sorted(first.states) == [1, 2, 3]
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 

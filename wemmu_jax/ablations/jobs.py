@@ -90,7 +90,7 @@ def run_jobs(
                 break
             for worker in _finished(busy, asked):
                 job, error, seconds = worker.take()
-                if error:
+                if error and not asked:  # a training that was stopped says so by an error
                     failure = failure or f"{job.name}: {error}"
                     say(f"{job.name}: failed")
                 elif not asked:

@@ -30,7 +30,7 @@ COMMANDS = {
 }
 
 USER_ERRORS = (ValueError, OSError, FloatingPointError)
-FAILED, INTERRUPTED = 2, 130
+FAILED, TRY_AGAIN, INTERRUPTED = 2, 75, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
       The exit code: 0, 2 after an error that the user can mend (a message on stderr, with a traceback only under
-      `--debug` or WEMMU_DEBUG=1), 130 after Ctrl-C.
+      `--debug` or WEMMU_DEBUG=1), 75 (sysexits' EX_TEMPFAIL) if SIGTERM stopped it and the same command goes on
+      from there, 130 after Ctrl-C.
 
     Raises:
       SystemExit: from argparse, for `--help` and for words that no command takes.
@@ -55,6 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.overrides = overrides
     try:
         module.run(args)
+    except InterruptedError as error:
+        print(f"wemmu {command}: {error}", file=sys.stderr)
+        return TRY_AGAIN
     except USER_ERRORS as error:
         if args.debug or os.environ.get("WEMMU_DEBUG", "0") not in ("", "0"):
             raise

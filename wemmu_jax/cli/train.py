@@ -1,7 +1,10 @@
 """`wemmu train`: one stage of the curriculum."""
 
 import argparse
+import os
 import pathlib
+
+from wemmu_jax.cli.arguments import whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,10 +27,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="converted weights, or the workdir of the stage before; a resumed run knows its own",
     )
+    several = parser.add_argument_group(
+        "several processes", "found out on TPU pods and under Slurm; elsewhere all three are needed"
+    )
+    for flag, variable, kind, metavar, text in (
+        ("--coordinator", "JAX_COORDINATOR_ADDRESS", str, "HOST:PORT", "where process 0 listens"),
+        ("--processes", "JAX_NUM_PROCESSES", whole(1), "N", "how many there are"),
+        ("--process", "JAX_PROCESS_ID", whole(0), "I", "which of them this is, from 0"),
+    ):
+        several.add_argument(
+            flag,
+            type=kind,
+            default=os.environ.get(variable),
+            metavar=metavar,
+            help=f"{text} (default: ${variable})",
+        )
 
 
 def run(args: argparse.Namespace) -> None:
     """Trains to the stage's last step."""
+    from wemmu_jax.sharding.processes import join
+
+    join(args.coordinator, args.processes, args.process)
     from wemmu_jax.training.curriculum import load_config
     from wemmu_jax.training.loop import train
 

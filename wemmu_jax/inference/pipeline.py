@@ -34,6 +34,7 @@ from wemmu_jax.models.wemmu.batch import PromptBatch, Sources
 from wemmu_jax.models.wemmu.config import BridgeConfig, WeMMUConfig
 from wemmu_jax.models.wemmu.modeling import WeMMUModel
 from wemmu_jax.rng import Stream, stream_key
+from wemmu_jax.sharding.processes import on_host
 from wemmu_jax.training.origin import Origin
 
 # JAX takes a seed as 32 bits.
@@ -242,7 +243,7 @@ class WeMMU:
                 seed=seed,
                 numbers=jnp.arange(start, start + len(chunk), dtype=jnp.uint32),
             )
-            pictures += [Image.fromarray(picture) for picture in np.asarray(pixels)]
+            pictures += [Image.fromarray(picture) for picture in on_host(pixels)]
         return pictures
 
     def check(

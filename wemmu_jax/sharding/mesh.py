@@ -8,15 +8,19 @@ AXES = ("data", "fsdp")
 
 
 def make_mesh(*, fsdp: int = 1, devices: list | None = None) -> Mesh:
-    """A data x fsdp mesh over `devices` (all of them by default).
+    """A data x fsdp mesh over `devices` (those of all processes by default).
 
     Raises:
       ValueError: `fsdp` does not divide the number of devices; names those that do.
     """
-    devices = jax.devices() if devices is None else devices
+    # Rows follow the devices, and a process makes a block of them: process 0 the first, process 1 the next.
+    devices = sorted(devices or jax.devices(), key=lambda d: (d.process_index, d.id))
     if fsdp < 1 or len(devices) % fsdp:
         good = [n for n in range(1, len(devices) + 1) if len(devices) % n == 0]
-        raise ValueError(f"fsdp={fsdp} does not divide {len(devices)} devices; possible: {good}")
+        raise ValueError(
+            f"mesh.fsdp={fsdp} does not divide {len(devices)} devices "
+            f"({devices[0].device_kind}); possible: {good}"
+        )
     # Auto axes: with Explicit ones, the default of `jax.make_mesh`, every operation would need a sharding.
     grid = np.asarray(devices).reshape(len(devices) // fsdp, fsdp)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))

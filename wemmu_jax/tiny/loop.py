@@ -121,9 +121,10 @@ def pretrain(recipe: Recipe, workdir: pathlib.Path) -> Tree:
                 if not np.isfinite(values["loss"]):
                     raise FloatingPointError(f"{recipe.name}, step {step}: loss {values['loss']}")
                 progress.step(step, values, line=True)
-            if stop.asked or step % EVERY_CHECKPOINT == 0 or step == steps:
+            stopping = stop.after(step)
+            if stopping or step % EVERY_CHECKPOINT == 0 or step == steps:
                 checkpoints.save(state)
-            if stop.asked:
+            if stopping:
                 raise InterruptedError(f"stopped at step {step}; the same command goes on")
             if step % EVERY_EVALUATION == 0:
                 _report(progress, step, recipe.evaluate(state.ema or state.params))

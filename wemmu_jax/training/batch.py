@@ -1,5 +1,6 @@
 """A micro-batch on the device: one bucket, one arity. B rows, n source pictures."""
 
+import functools
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -92,7 +93,7 @@ def packer(encoder: RowEncoder, mesh: Mesh) -> Callable[[jax.Array], PackedImage
     return jax.jit(encoder.pack_pixels, out_shardings=rows_sharding(mesh))
 
 
-Host = TypeVar("Host", TrainBatch, Pixels)
+Host = TypeVar("Host", TrainBatch, Pixels, dict[str, np.ndarray])
 
 
 def batch_shardings(tree: Host, mesh: Mesh) -> Host:
@@ -111,3 +112,13 @@ def on_devices(tree: Host, mesh: Mesh) -> Host:
     """The global arrays of which every process hands in its own rows."""
     put = jax.make_array_from_process_local_data
     return jax.tree.map(put, batch_shardings(tree, mesh), tree)
+
+
+def on_every_process(tree: Host, mesh: Mesh) -> Host:
+    """Rows of which every process hands in its own, whole on each; devices do it in their turn, nobody waits."""
+    return _copied(mesh)(on_devices(tree, mesh))
+
+
+@functools.lru_cache(maxsize=4)
+def _copied(mesh: Mesh) -> Callable:
+    return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))

@@ -10,42 +10,64 @@ import dataclasses
 import json
 import pathlib
 import signal
+import time
 from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import ml_collections
 import numpy as np
+from jax.experimental import multihost_utils
 
 from wemmu_jax.data.ledger import Ledger
 from wemmu_jax.data.pipeline import MicroBatch
+from wemmu_jax.data.tasks import Task
 from wemmu_jax.files import write_json
-from wemmu_jax.training.checkpoints import Checkpoints, check_workdir, claim_workdir, only_run
+from wemmu_jax.sharding.processes import exchange, is_first, say, together
+from wemmu_jax.training.batch import on_every_process
+from wemmu_jax.training.checkpoints import (
+    Checkpoints,
+    check_workdir,
+    claim_workdir,
+    differences,
+    only_run,
+)
 from wemmu_jax.training.metrics import Progress, task_means
 from wemmu_jax.training.run import Run, describe, prepare
 from wemmu_jax.training.samples import draw_samples
 from wemmu_jax.training.state import TrainState
 
+_VISIBLE = 90  # seconds until what one host writes is seen by all; NFS may remember for a minute what was not there
+_TASKS = list(Task)
+
 
 def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> None:
     """Runs a stage in `workdir` to its last step, from its latest checkpoint if there is one.
 
-    SIGTERM, as a preemption sends it, ends the run after the step at hand, with a checkpoint.
+    Of several processes (see `sharding.processes.join`) all call it alike. The first one writes; the weights, the
+    data and the workdir must lie where all see them.
 
     Raises:
+      InterruptedError: SIGTERM, as a preemption sends it to any of the processes, ended the run after the step at
+        hand; its state was saved.
       FloatingPointError: a loss or gradient was not finite; names the step and the samples. The latest
         checkpoint is that of the step before.
-      FileNotFoundError, ValueError: see `prepare`, `claim_workdir` and `only_run`.
+      FileNotFoundError, ValueError: see `prepare`, `claim_workdir` and `only_run`; or the processes were given
+        different things.
     """
     workdir = pathlib.Path(workdir)
-    check_workdir(workdir, config)
-    run = prepare(config)
-    writes = jax.process_index() == 0
+    _check_alike("configs", json.loads(config.to_json()))
+    with together("preparing the run"):
+        check_workdir(workdir, config)
+        run = prepare(config)
+    _check_alike("weights", run.origin.described())
     with contextlib.ExitStack() as stack:
-        if writes:
-            bridge = {"bridge": run.stage.bridge.to_dict()}
-            claim_workdir(workdir, config, run.origin.described() | bridge)
-            stack.enter_context(only_run(workdir))
-            _announce(run, workdir)
+        with together("taking the workdir"):
+            if is_first():
+                bridge = {"bridge": run.stage.bridge.to_dict()}
+                claim_workdir(workdir, config, run.origin.described() | bridge)
+                stack.enter_context(only_run(workdir))
+                _announce(run, workdir)
+        _check_shared(workdir)
         stop = stack.enter_context(StopOnSignal())
         checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints)
         stack.enter_context(contextlib.closing(checkpoints))
@@ -55,23 +77,53 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> Non
             steps=run.stage.optimizer.steps,
             batch=run.stage.batch,
             start=int(state.step),
-            writes=writes,
+            writes=is_first(),
         )
         stack.enter_context(contextlib.closing(progress))
         ledger = Ledger(
             workdir / f"ledger/{jax.process_index():05}.jsonl", share=config.data.bad_share
         )
         held_out = run.held_out.feeds if run.held_out else ()
-        if writes and (bad := ledger.note_indexed([*run.data.feeds, *held_out])):
-            print(f"{bad} records are left out, see {workdir / 'ledger'}", flush=True)
+        if is_first() and (bad := ledger.note_indexed([*run.data.feeds, *held_out])):
+            say(f"{bad} records are left out, see {workdir / 'ledger'}")
         _run_steps(run, state, checkpoints, progress, ledger, stop, workdir)
 
 
 def _announce(run: Run, workdir: pathlib.Path) -> None:
     description = describe(run)
-    print(run.config)
-    print(json.dumps(description, indent=2), flush=True)
+    say(str(run.config))
+    say(json.dumps(description, indent=2))
     write_json(workdir / "run_description.json", description)
+
+
+def _check_alike(what: str, mine: Mapping) -> None:
+    """Raises ValueError, in all processes, if one has other values in a nested dict than the first."""
+    first, *others = exchange(mine)
+    for index, other in enumerate(others, 1):
+        if lines := differences(first, other):
+            raise ValueError(
+                f"process 0 (there) and process {index} (here) have different {what}:\n  "
+                + "\n  ".join(lines)
+            )
+
+
+def _check_shared(workdir: pathlib.Path) -> None:
+    """Raises ValueError, in all processes, if one does not see what the first has just written."""
+    if jax.process_count() == 1:
+        return
+    flag = workdir / exchange(f".seen-{time.time_ns()}")[0]
+    if is_first():
+        flag.touch()
+    until = time.monotonic() + _VISIBLE
+    while not (sees := flag.exists()) and time.monotonic() < until:
+        time.sleep(0.5)
+    blind = [str(index) for index, it_sees in enumerate(exchange(sees)) if not it_sees]
+    if is_first():
+        flag.unlink()
+    if blind:
+        raise ValueError(
+            f"{workdir} of process 0 is not that of {', '.join(blind)}; it must lie on storage that all hosts share"
+        )
 
 
 def _first_state(run: Run, checkpoints: Checkpoints) -> TrainState:
@@ -81,25 +133,33 @@ def _first_state(run: Run, checkpoints: Checkpoints) -> TrainState:
         return run.trainer.init_state(trainable)
     del trainable
     state = checkpoints.restore(run.trainer.abstract_state)
-    print(f"resumed at step {int(state.step)}", flush=True)
+    say(f"resumed at step {int(state.step)}")
     return state
 
 
 class StopOnSignal:
-    """Remembers a SIGTERM; the handler of before comes back at the end."""
+    """Notices a SIGTERM; the handler of before comes back at the end."""
 
     def __init__(self):
-        self.asked = False
+        self._asked = False
+        # Then JAX has a handler already, by which all processes agree on a step.
+        self._joined = jax.distributed.is_initialized()
 
     def __enter__(self) -> "StopOnSignal":
-        self._before = signal.signal(signal.SIGTERM, self._ask)
+        if not self._joined:
+            self._before = signal.signal(signal.SIGTERM, self._ask)
         return self
 
     def __exit__(self, *_) -> None:
-        signal.signal(signal.SIGTERM, self._before)
+        if not self._joined:
+            signal.signal(signal.SIGTERM, self._before)
 
     def _ask(self, *_) -> None:
-        self.asked = True
+        self._asked = True
+
+    def after(self, step: int) -> bool:
+        """Whether to stop after `step`, the same for all processes; each must ask at every step."""
+        return multihost_utils.reached_preemption_sync_point(step) if self._joined else self._asked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,19 +167,20 @@ class _Part:
     """What is left of a micro-batch once it has been dispatched; its pictures would be gigabytes.
 
     Attributes:
-      tasks, keys, numbers: of this process's rows.
-      cut: how many of them had a text past the limit.
-      replaced: how many records could not be used for them.
+      keys, numbers: of this process's rows.
       first: global sample number of the micro-batch's first row over all processes.
+      tasks: int32[B] over all processes, places in `_TASKS`.
+      cut: bool[B] over all processes, rows with a text past the limit.
+      replaced: int32[B] over all processes; the sum is the number of records that could not be used.
       losses, plain: float32[B] over all processes, see `row_losses`.
     """
 
-    tasks: tuple[str, ...]
     keys: tuple[str, ...]
     numbers: np.ndarray
-    cut: int
-    replaced: int
     first: int
+    tasks: jax.Array
+    cut: jax.Array
+    replaced: jax.Array
     losses: jax.Array
     plain: jax.Array
 
@@ -160,25 +221,27 @@ def _run_steps(
         for step in range(start + 1, steps + 1):
             state, outcome = _step(run, state, step, micro_batches, ledger)
             running.append(outcome)
-            save = stop.asked or _due(step, every.checkpoint, steps)
+            stopping = stop.after(step)
+            save = stopping or _due(step, every.checkpoint, steps)
             # What is saved or looked at has been reported, so that it is known to be good.
             wait = save or any(_due(step, n, steps) for n in (every.validate, every.sample))
             while len(running) > (0 if wait else 1):
                 _report(running.popleft(), progress, line=every.log)
             if save:
                 checkpoints.save(state)
-            if stop.asked:
-                print(
-                    f"stopped at step {step}/{steps}; the same command goes on from here",
-                    flush=True,
+            if stopping:
+                raise InterruptedError(
+                    f"stopped at step {step}/{steps}; the same command goes on from here"
                 )
-                return
             _look(run, state, step, progress, workdir)
         while running:
             _report(running.popleft(), progress, line=every.log)
-    finally:
-        # After an error too: `update` kept the last good state.
-        checkpoints.save(state)
+    except BaseException as error:
+        # `update` kept the last good state. Of several processes all must save, and only this is an error of all.
+        if jax.process_count() == 1 or isinstance(error, FloatingPointError | InterruptedError):
+            checkpoints.save(state)
+        raise
+    checkpoints.save(state)
 
 
 def _step(
@@ -195,16 +258,19 @@ def _step(
         gradients, losses, plain = run.trainer.accumulate(
             gradients, state.params, run.frozen, run.batch(micro_batch)
         )
+        tasks = np.array([_TASKS.index(task) for task in micro_batch.tasks], np.int32)
+        replaced = np.zeros(len(tasks), np.int32)
+        replaced[0] = ledger.note(micro_batch)
+        rows = {"tasks": tasks, "cut": micro_batch.arrays["cut"], "replaced": replaced}
+        rows = on_every_process(rows, run.trainer.mesh)
         parts.append(
             _Part(
-                tasks=tuple(task.value for task in micro_batch.tasks),
                 keys=micro_batch.keys,
                 numbers=micro_batch.sample_numbers,
-                cut=int(np.count_nonzero(micro_batch.arrays["cut"])),
-                replaced=ledger.note(micro_batch),
                 first=micro_batch.number * run.stage.rows,
                 losses=losses,
                 plain=plain,
+                **rows,
             )
         )
     losses = [part.losses for part in parts]
@@ -221,17 +287,16 @@ def _look(
 ) -> None:
     """Validation losses and sample pictures, when they are due and not there yet."""
     every, steps = run.config.every, run.stage.optimizer.steps
-    # Several processes may not all see what is there, and must all do the same.
-    alone = jax.process_count() == 1
     if run.held_out is None:
         return
-    if _due(step, every.validate, steps) and not (alone and step in progress.validated):
+    # What is there already is for the first process to say, so that all do the same.
+    if _due(step, every.validate, steps) and not exchange(step in progress.validated)[0]:
         losses = validate(run, state.params)
         progress.write(step, {f"validation/{task}": loss for task, loss in losses.items()})
         text = "  ".join(f"{task} {loss:.4f}" for task, loss in losses.items())
-        print(f"step {step:>6}/{steps}  validation  {text}", flush=True)
+        say(f"step {step:>6}/{steps}  validation  {text}")
     path = workdir / f"samples/{step:06}.png"
-    if _due(step, every.sample, steps) and not (alone and path.exists()):
+    if _due(step, every.sample, steps) and not exchange(path.exists())[0]:
         picture = draw_samples(run, state.ema or state.params, path)
         progress.picture(step, "samples", picture)
 
@@ -251,12 +316,11 @@ def _report(outcome: _Outcome, progress: Progress, *, line: int) -> None:
     if not (np.isfinite(losses).all() and np.isfinite(norm)):
         raise FloatingPointError(_blame(outcome, norm))
     values = {"loss": float(np.mean(losses)), "gradient_norm": norm}
-    if jax.process_count() == 1:
-        tasks = [task for part in outcome.parts for task in part.tasks]
-        plain = np.concatenate([np.asarray(part.plain) for part in outcome.parts])
-        values |= {f"loss_{task}": loss for task, loss in task_means(tasks, plain).items()}
-    values["texts_cut"] = sum(part.cut for part in outcome.parts)
-    values["records_replaced"] = sum(part.replaced for part in outcome.parts)
+    tasks = [_TASKS[place].value for part in outcome.parts for place in np.asarray(part.tasks)]
+    plain = np.concatenate([np.asarray(part.plain) for part in outcome.parts])
+    values |= {f"loss_{task}": loss for task, loss in task_means(tasks, plain).items()}
+    values["texts_cut"] = sum(int(np.count_nonzero(part.cut)) for part in outcome.parts)
+    values["records_replaced"] = sum(int(np.sum(part.replaced)) for part in outcome.parts)
     progress.step(
         outcome.step, values, line=outcome.step == 1 or (line > 0 and outcome.step % line == 0)
     )
@@ -265,11 +329,12 @@ def _report(outcome: _Outcome, progress: Progress, *, line: int) -> None:
 def _blame(outcome: _Outcome, norm: float) -> str:
     """Names the samples whose own loss is not finite. By the plain loss, because a row's contrastive loss has
     another row's target in it; all samples of the step where no loss of a single row is to blame."""
-    rows = [
+    mine = [
         (int(number), key, float(np.asarray(part.plain)[number - part.first]))
         for part in outcome.parts
         for number, key in zip(part.numbers, part.keys, strict=True)
     ]
+    rows = sorted(tuple(row) for rows in exchange(mine) for row in rows)
     bad = [row for row in rows if not np.isfinite(row[2])]
     lines = [f"sample {number}, {key}: loss {loss}" for number, key, loss in bad or rows]
     return (

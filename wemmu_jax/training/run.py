@@ -97,7 +97,7 @@ def prepare(config: ml_collections.ConfigDict) -> Run:
         remat=stage.remat,
     )
     origin.check(model)
-    mesh = make_mesh(fsdp=min(config.mesh.fsdp, jax.device_count()))
+    mesh = make_mesh(fsdp=config.mesh.fsdp)
     check_rows(stage.rows, mesh)
     if config.data.held_out:
         check_rows(config.validation_rows, mesh)

@@ -8,6 +8,7 @@ from PIL import Image
 
 from wemmu_jax.data.tasks import Example, Task
 from wemmu_jax.inference.pipeline import WeMMU
+from wemmu_jax.sharding.processes import is_first
 from wemmu_jax.training.optimizer import merge
 
 ROWS = 4  # pictures of each task
@@ -15,7 +16,10 @@ STEPS = 20
 
 
 def draw_samples(run, params: Mapping, path: pathlib.Path) -> np.ndarray:
-    """Draws, writes a PNG and returns it, uint8[H, W, 3]: a line for each request: sources, target, drawn."""
+    """Draws, writes a PNG and returns it, uint8[H, W, 3]: a line for each request: sources, target, drawn.
+
+    Of several processes all draw the same pictures together, each with its shards of the weights; the first writes.
+    """
     model = WeMMU.from_params(
         run.trainer.model, merge(params, run.frozen), run.origin.backbones_folder
     )
@@ -31,8 +35,9 @@ def draw_samples(run, params: Mapping, path: pathlib.Path) -> np.ndarray:
     grid = np.concatenate(
         [np.pad(line, ((0, 4), (0, width - line.shape[1]), (0, 0))) for line in lines]
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(grid).save(path)
+    if is_first():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(grid).save(path)
     return grid
 
 

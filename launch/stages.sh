@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# The four stages one after the other: what each process of a run runs, or the only one.
+#   launch/stages.sh [--dry-run] CONFIG.py CONVERTED RUNS [--config.key=value ...]
+# Goes on where it was stopped. Exits with 75 when SIGTERM has stopped it, and the same command goes on from there.
+# WEMMU: the program, `wemmu` by default; "python -m wemmu_jax" does as well.
+set -euo pipefail
+
+dry=
+if [ "${1-}" = --dry-run ]; then
+  dry=1
+  shift
+fi
+if [ $# -lt 3 ]; then
+  sed -n '2,5p' "$0" >&2
+  exit 2
+fi
+config=$1 init=$2 runs=$3
+shift 3
+read -ra wemmu <<<"${WEMMU:-wemmu}"
+# Who is started again, or is the next stage, finds the programs compiled.
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$runs/compilation_cache}
+
+# A shell does not hand a signal on to what it waits for.
+child=
+trap '[ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true' TERM
+
+for stage in stage1 stage2 stage3 stage4; do
+  command=("${wemmu[@]}" train --config "$config:$stage" --init "$init" --workdir "$runs/$stage" "$@")
+  init=$runs/$stage
+  if [ -n "$dry" ]; then
+    printf '%q ' "${command[@]}"
+    echo
+    continue
+  fi
+  "${command[@]}" &
+  child=$!
+  code=0
+  wait "$child" || code=$?
+  # The trap ends a wait; the process has not ended then.
+  while kill -0 "$child" 2>/dev/null; do
+    code=0
+    wait "$child" || code=$?
+  done
+  child=
+  [ "$code" -eq 0 ] || exit "$code"
+done
