@@ -16,6 +16,7 @@ from wemmu_jax.cli.overrides import take_overrides
 COMMANDS = {
     "convert": "Hugging Face folders -> our checkpoint",
     "export": "our checkpoint -> Hugging Face folders, and one file of what WeMMU adds",
+    "plan": "what a stage needs and takes on a TPU pod, without one",
     "train": "one stage of the curriculum",
     "generate": "pictures from text",
     "edit": "a picture and an instruction -> a picture",
@@ -28,7 +29,7 @@ COMMANDS = {
     "demo": "the whole life of a model on the tiny preset",
 }
 
-USER_ERRORS = (ValueError, OSError, FloatingPointError)
+USER_ERRORS = (ValueError, OSError, FloatingPointError, ModuleNotFoundError)
 FAILED, INTERRUPTED = 2, 130
 
 

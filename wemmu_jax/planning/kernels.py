@@ -6,7 +6,10 @@ from wemmu_jax.planning.program import Operation
 
 # Name of a kernel -> products of [T, H] x [H, S] that it makes for each head; the first that matches counts.
 _ATTENTION = (
-    (r"(mha|mqa|flash|attention).*dkv.*fused", 5),  # scores, their gradient, and one for each of q, k, v
+    (
+        r"(mha|mqa|flash|attention).*dkv.*fused",
+        5,
+    ),  # scores, their gradient, and one for each of q, k, v
     (r"(mha|mqa|flash|attention).*dkv", 4),
     (r"(mha|mqa|flash|attention).*dq", 3),
     (r"mha|mqa|flash|attention", 2),  # forward: scores, values

@@ -93,6 +93,18 @@ class Transfer:
     bytes: float
     seconds: float
 
+    @property
+    def key(self) -> tuple:
+        """Equal for those that are alike."""
+        return (self.kind, self.array, self.part, self.phase, self.what, self.group)
+
+    def __add__(self, other: "Transfer") -> "Transfer":
+        sums = (self.count + other.count, self.bytes + other.bytes, self.seconds + other.seconds)
+        return Transfer(*self.key, *sums)
+
+    def __mul__(self, times: float) -> "Transfer":
+        return Transfer(*self.key, times * self.count, times * self.bytes, times * self.seconds)
+
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
@@ -165,35 +177,45 @@ class Predictor:
             works[one.work.value] += seconds
             total += count * (kernel_flops(one) if one.work is Work.KERNEL else one.flops)
             if one.work is Work.COLLECTIVE:
-                _add_transfer(transfers, one, count, seconds)
+                new = _transfer(one, self.seconds(one, capped=False)) * count
+                transfers[new.key] = transfers[new.key] + new if new.key in transfers else new
             elif one.work is not Work.COPY:
                 parts[part(one.op_name)] += seconds
             if one.work is Work.UNPRICED:
                 unpriced[one.opcode] += seconds
             if one.work is Work.KERNEL:
-                known = kernel_flops(one) > 0
-                often, before, _ = kernels.get(one.name, (0, 0.0, known))
+                often, before, known = kernels.get(one.name, (0, 0.0, True))
+                known = known and kernel_flops(one) > 0
                 kernels[one.name] = (often + count, before + seconds, known)
-        longest = sorted(transfers.values(), key=lambda transfer: -transfer.seconds)
         return Prediction(
-            self.times(region), total, parts, works, tuple(longest), kernels, unpriced
+            times=self.times(region),
+            flops=total,
+            parts=dict(parts),
+            works=dict(works),
+            transfers=tuple(sorted(transfers.values(), key=lambda one: -one.seconds)),
+            kernels=kernels,
+            unpriced=dict(unpriced),
         )
 
 
-def _add_transfer(transfers: dict, one: Operation, count: float, seconds: float) -> None:
-    collective = one.collective
-    where = (part(one.op_name), phase(one.op_name), _layer(one.op_name))
-    key = (collective.kind, collective.array, *where, len(collective.group))
-    old = transfers.get(key) or Transfer(*key, count=0, bytes=0, seconds=0)
-    transfers[key] = dataclasses.replace(
-        old,
-        count=old.count + count,
-        bytes=old.bytes + count * collective.bytes,
-        seconds=old.seconds + seconds,
+def _transfer(one: Operation, seconds: float) -> Transfer:
+    collective, name = one.collective, one.op_name
+    return Transfer(
+        kind=collective.kind,
+        array=collective.array,
+        part=part(name),
+        phase=phase(name),
+        what=_layer(name),
+        group=len(collective.group),
+        count=1,
+        bytes=collective.bytes,
+        seconds=seconds,
     )
 
 
 def _layer(op_name: str) -> str:
     """The modules in an operation's name, without jax's own words and the operation itself."""
-    own = re.compile(r"jit\(|jvp\(|transpose\(|while$|body$|cond$|branch_|closed_call|checkpoint|remat")
+    own = re.compile(
+        r"jit\(|jvp\(|transpose\(|while$|body$|cond$|branch_|closed_call|checkpoint|remat"
+    )
     return "/".join(word for word in op_name.split("/")[:-1] if not own.match(word))

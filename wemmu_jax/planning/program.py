@@ -90,23 +90,32 @@ def read_program(text: str, branches: Branches) -> Region:
       ValueError: a loop whose trip count is not in the text, or a text that is no program.
     """
     module = parse(text)
-    return _region(module, module[module.entry], branches)
+    return _region(module, module[module.entry], branches, "")
 
 
-def _region(module: Module, computation: Computation, branches: Branches) -> Region:
+def _region(module: Module, computation: Computation, branches: Branches, where: str) -> Region:
+    """`where`: the name of the loop or branch, which operations without a name of their own are given."""
     operations, inner = [], []
     for one in computation:
         if one.opcode == "while":
             body = one.attribute(r"body=%([\w.\-]+)")
-            inner.append((trip_count(module, computation, one), body))
+            inner.append((trip_count(module, computation, one), body, one.op_name))
         elif one.opcode == "conditional":
             bodies = _branches(one)
-            inner += zip(branches(one.op_name, len(bodies)), bodies, strict=True)
+            taken = branches(one.op_name, len(bodies))
+            inner += [(*both, one.op_name) for both in zip(taken, bodies, strict=True)]
         elif one.opcode == "call":
-            inner.append((1, one.calls))
+            inner.append((1, one.calls, one.op_name))
         elif one.opcode not in _FREE:
             operations += _operations(module, computation, one)
-    regions = tuple((times, _region(module, module[name], branches)) for times, name in inner)
+    # XLA's own operations have no name, or only that of the operation that they were made of, without a path.
+    operations = [
+        one if "/" in one.op_name else dataclasses.replace(one, op_name=where) for one in operations
+    ]
+    regions = tuple(
+        (times, _region(module, module[body], branches, name if "/" in name else where))
+        for times, body, name in inner
+    )
     return Region(tuple(operations), regions)
 
 
@@ -152,7 +161,7 @@ def _custom_call(scope: Computation, one: Instruction, moved: int) -> list[Opera
         return [Operation(target, one.name, one.op_name, Work.UNPRICED, bytes=moved)]
     own = r'"cost_estimate":\{[^}]*"%s":"(\d+)"'
     said = {key: int(one.attribute(own % key) or 0) for key in ("flops", "bytes_accessed")}
-    fused = "_fused" if r'use_fused_bwd_kernel\": true' in one.attributes else ""
+    fused = "_fused" if r"use_fused_bwd_kernel\": true" in one.attributes else ""
     kernel = Operation(
         opcode=one.opcode,
         name=re.sub(r"(\.\d+)+$", "", one.name) + fused,

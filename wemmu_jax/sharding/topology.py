@@ -25,14 +25,15 @@ _CHIP_OPTIONS = {"v4": {"chip_config_name": "megacore"}}
 _NAME = re.compile(r"(?P<generation>[a-z0-9]+):\d+(x\d+){1,2}")
 
 
-def topology_devices(name: str) -> list[jax.Device]:
+def topology_devices(name: str, *, slices: int = 1) -> list[jax.Device]:
     """Devices to make a mesh of and to compile for; nothing can run on them.
 
     Args:
       name: generation and chips along each axis: "v5p:2x2x2", "v6e:16x16", "v5e:4x4", "tpu7x:2x2x2".
+      slices: how many such; the devices of a slice follow one another.
 
     Raises:
-      ValueError: no such topology.
+      ValueError: no such topology, or fewer slices than one.
       ModuleNotFoundError: libtpu is not installed.
     """
     match = _NAME.fullmatch(name)
@@ -41,9 +42,11 @@ def topology_devices(name: str) -> list[jax.Device]:
             f"no TPU topology {name!r}; expected generation:chips, like v5p:2x2x2 or v6e:4x4 "
             "(v5p-8 is the name of a machine, not of a topology)"
         )
+    if slices < 1:
+        raise ValueError(f"expected at least 1 slice, found {slices}")
     for variable, value in _ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
-    options = _CHIP_OPTIONS.get(match["generation"], {})
+    options = _CHIP_OPTIONS.get(match["generation"], {}) | {"num_slices": slices}
     try:
         return list(topologies.get_topology_desc(name, platform="tpu", **options).devices)
     except jax.errors.JaxRuntimeError as error:
