@@ -8,10 +8,10 @@ from typing import Any
 
 from wemmu_jax.models.wemmu.config import WeMMUConfig
 from wemmu_jax.planning.chips import GIB, Chip, chip_of
-from wemmu_jax.planning.memory import memory, what_fits
+from wemmu_jax.planning.memory import memory, resident, what_fits
 from wemmu_jax.planning.predict import ASSUMPTIONS, Prediction, Predictor, Times, Transfer
 from wemmu_jax.planning.program import read_program
-from wemmu_jax.planning.programs import Compiled, Key, Library, Setting
+from wemmu_jax.planning.programs import Key, Library, Setting
 from wemmu_jax.planning.shapes import Shape, model_flops, shares, squarest
 from wemmu_jax.planning.torus import Torus
 
@@ -174,7 +174,9 @@ def plan_stage(
     Raises:
       ValueError: the compiler finds a program too large for the chip; says what would fit.
     """
-    chip, stage = chip_of(setting.devices[0]), setting.run.trainer.stage
+    stage, chip = setting.run.trainer.stage, chip_of(setting.devices[0])
+    if (weights := sum(resident(setting).values())) > chip.memory:
+        raise ValueError(_misfit(setting, "what lies there all the time", weights, 0, chip))
     predictor, taken = Predictor(Torus.of(setting.devices, chip)), branches(setting.sizes)
     share_of = shares(setting)
     stands_for = {
@@ -184,7 +186,9 @@ def plan_stage(
     runs = keys | dict.fromkeys(ONCE, 1.0)
     programs = library.compile(setting, list(runs), processes=processes)
     for key, one in programs.items():
-        _check_compiled(setting, key, one, chip)
+        if one.too_large:
+            needed = one.memory["temporaries"]
+            raise ValueError(_misfit(setting, f"{key}: the program", needed, needed, chip))
     predictions = {
         key: predictor.predict(read_program(one.text, taken)) for key, one in programs.items()
     }
@@ -220,13 +224,11 @@ def plan_stage(
     )
 
 
-def _check_compiled(setting: Setting, key: Key, compiled: Compiled, chip: Chip) -> None:
-    if compiled.too_large:
-        needed = compiled.memory["temporaries"]
-        raise ValueError(
-            f"{setting.config.name} does not fit {setting.topology}: {key} needs {needed / GIB:.1f} GiB a chip of "
-            f"{chip.memory / GIB:.1f}; {what_fits(setting, needed, chip.memory)}"
-        )
+def _misfit(setting: Setting, what: str, needed: float, temporaries: float, chip: Chip) -> str:
+    return (
+        f"{setting.config.name} does not fit {setting.topology}: {what} needs {needed / GIB:.1f} GiB a device of "
+        f"{chip.memory / GIB:.2f}; {what_fits(setting, temporaries, chip.memory)}"
+    )
 
 
 def _own_assumptions(setting: Setting, all_shapes: bool) -> list[str]:

@@ -102,8 +102,9 @@ def _region(module: Module, computation: Computation, branches: Branches, where:
             inner.append((trip_count(module, computation, one), body, one.op_name))
         elif one.opcode == "conditional":
             bodies = _branches(one)
-            taken = branches(one.op_name, len(bodies))
-            inner += [(*both, one.op_name) for both in zip(taken, bodies, strict=True)]
+            name = _path([one, *(inside for body in bodies for inside in module[body])]) or where
+            taken = branches(name, len(bodies))
+            inner += [(*both, name) for both in zip(taken, bodies, strict=True)]
         elif one.opcode == "call":
             inner.append((1, one.calls, one.op_name))
         elif one.opcode not in _FREE:
@@ -117,6 +118,12 @@ def _region(module: Module, computation: Computation, branches: Branches, where:
         for times, body, name in inner
     )
     return Region(tuple(operations), regions)
+
+
+def _path(instructions: Sequence[Instruction]) -> str:
+    """The first operation name that says where in the model it is; empty if none does."""
+    named = (one.op_name for one in instructions if one.opcode not in _FREE)
+    return next((name for name in named if "/" in name), "")
 
 
 def _branches(conditional: Instruction) -> list[str]:

@@ -6,6 +6,8 @@ import math
 from wemmu_jax.planning.hlo import Computation, Instruction, Module
 
 _SAME = ("copy", "bitcast", "convert", "reshape", "copy-start", "copy-done", "opt-barrier")
+_TURNED = {"LT": "GT", "GT": "LT", "LE": "GE", "GE": "LE", "NE": "NE"}
+_UP, _DOWN = ("LT", "LE", "NE"), ("GT", "GE", "NE")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,16 +27,16 @@ def trip_count(module: Module, caller: Computation, loop: Instruction) -> int:
     condition = module[loop.attribute(r"condition=%([\w.\-]+)")]
     body = module[loop.attribute(r"body=%([\w.\-]+)")]
     try:
-        direction, left, right = _comparison(module, condition)
-        counter, bound = (left, right) if _step(module, body, left) else (right, left)
-        step = _step(module, body, counter)
-        start, limit = (_start(module, caller, loop, side) for side in (counter, bound))
-        if (counter is right) != (direction in ("GT", "GE")) and direction != "NE":
-            raise ValueError(f"it counts away from its limit ({direction})")
-        inclusive = direction in ("LE", "GE")
-        if not step:
-            raise ValueError("its counter stands still")
-        return max(0, math.ceil((limit - start + inclusive * (1 if step > 0 else -1)) / step))
+        direction, *sides = _comparison(module, condition)
+        steps = [_step(module, body, side) for side in sides]
+        if steps[0] == 0:  # the counter stands on the right
+            sides, steps, direction = sides[::-1], steps[::-1], _TURNED.get(direction)
+        start, limit = (_start(module, caller, loop, side) for side in sides)
+        step = steps[0]
+        if steps[1] or not step or direction not in (_UP if step > 0 else _DOWN):
+            raise ValueError(f"steps {steps}, direction {direction}")
+        limit += direction in ("LE", "GE") and (1 if step > 0 else -1)
+        return max(0, math.ceil((limit - start) / step))
     except (KeyError, ValueError, TypeError) as error:
         raise ValueError(
             f"cannot read how often loop {loop.name} ({loop.op_name}) runs: {error}"
