@@ -28,9 +28,9 @@ def program(name: str, taken: tuple[float, ...] = (0.0, 1.0)) -> Region:
     return read_program(text(name), lambda op_name, count: taken)
 
 
-def torus(*sides: int, slices: int = 1) -> Torus:
+def torus(*sides: int, cores: int = 1, slices: int = 1) -> Torus:
     """Of a v5p, the last axis running fastest."""
-    places = np.array(list(np.ndindex(*sides)) * slices)
+    places = np.array(list(np.ndindex(*sides, cores)) * slices)
     return Torus(places, np.repeat(np.arange(slices), len(places) // slices), V5P)
 
 

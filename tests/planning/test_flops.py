@@ -82,10 +82,12 @@ def test_training_samples_with_vae_tokens_beside_the_queries(bucket, arity, dit,
     assert sample(BESIDE, bucket, arity, dit=dit) + hidden == near(printed)
 
 
-def test_without_a_connector_there_is_neither_its_prompt_nor_its_encoding():
-    less = sample(MODEL, S512, 1) - sample(NO_VAE, S512, 1)
-    prefill = 4.40 - 2.54
-    assert less == pytest.approx(1.64 + prefill + 1.87 + 3 * (1.90 - 1.87), abs=0.05)
+def test_without_a_connector_no_source_is_encoded_and_the_prompt_is_shorter():
+    learns = Learns(dit=False, branch=False)
+    found = sample_flops(NO_VAE, S512, arity=1, text=128, learns=learns)
+    assert found["VAE branch"] == 0
+    assert found["DC-AE encode"] / TERA == near(1.29)
+    assert found["LLM prefill"] / TERA == near(2.54)
 
 
 def test_parts_are_the_real_ones_and_grow_with_sources():

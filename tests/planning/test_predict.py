@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import numpy as np
 import pytest
 
 from tests.planning.samples import LAYER_FLOPS, V5P, predictor, program, torus
@@ -157,5 +156,6 @@ def test_between_slices_a_slice_shares_the_work():
 
 
 def test_devices_of_one_chip_are_neighbours():
-    assert np.array_equal(torus(2, 1, 2).sides, [2, 1, 2])
-    assert torus(2, 1, 2).bandwidth((0, 1)) == V5P.link
+    pairs = torus(2, 2, cores=2)
+    assert pairs.bandwidth((0, 1)) == V5P.link
+    assert (pairs.chips, torus(2, 2, slices=3).chips) == (4, 12)

@@ -1,5 +1,6 @@
 """Memory a chip, by kind: what lies there all the time, and what the largest program needs beside it."""
 
+import itertools
 import math
 from collections.abc import Mapping
 
@@ -42,18 +43,23 @@ def memory(setting: Setting, programs: Mapping[Key, Compiled]) -> dict[str, int]
     }
 
 
-def what_fits(setting: Setting, temporaries: int, available: float) -> str:
-    """What would work where a stage needs too much: fewer rows if the weights leave room for any, else more `fsdp`."""
-    mesh = setting.run.trainer.mesh
-    devices, rows = mesh.size, setting.config.batch.rows
-    room = available - sum(resident(setting).values())
-    fitting = int(rows / devices * room / temporaries) if temporaries else 0
-    if room > 0 and fitting:
-        return f"about batch.rows={fitting * devices} would (--search looks for what is fastest)"
-    wider = [n for n in range(1, devices + 1) if devices % n == 0 and n > mesh.shape["fsdp"]]
-    weights = sum(resident(setting).values()) * mesh.shape["fsdp"]
-    # Weights alone; what is copied to every chip does not shrink, and so a little more may be needed.
-    enough = next((n for n in wider if weights / n < 0.75 * available), None)
-    if room <= 0 and enough:
-        return f"mesh.fsdp={enough} would leave room beside the weights"
-    return "a full remat, one row a chip, or more chips may"
+def what_fits(setting: Setting, temporaries: float, available: float) -> str:
+    """What would work where a stage needs more than `available` bytes a device.
+
+    Fewer rows if there is room beside the weights, else weights cut into more parts. An estimate: temporaries are
+    taken to grow with the rows, weights to shrink with `fsdp`.
+    """
+    mesh, rows, weights = setting.run.trainer.mesh, setting.config.batch.rows, resident(setting)
+    room = available - sum(weights.values())
+    fitting = int(rows / mesh.size * room / temporaries) if room > 0 and temporaries else 0
+    if fitting:
+        return f"about batch.rows={fitting * mesh.size} would; --search looks for what is fastest"
+    parts = next(
+        n
+        for n in itertools.count(1)
+        if 2**n * available > 1.5 * sum(weights.values()) * mesh.shape["fsdp"]
+    )
+    if 2**parts > mesh.shape["fsdp"]:
+        where = "" if mesh.size % 2**parts == 0 else f" on {2**parts} devices"
+        return f"mesh.fsdp={2**parts}{where} would leave room beside the weights"
+    return "model.remat=full, more chips, or larger ones may"

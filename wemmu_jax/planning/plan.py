@@ -177,7 +177,8 @@ def plan_stage(
     stage, chip = setting.run.trainer.stage, chip_of(setting.devices[0])
     if (weights := sum(resident(setting).values())) > chip.memory:
         raise ValueError(_misfit(setting, "what lies there all the time", weights, 0, chip))
-    predictor, taken = Predictor(Torus.of(setting.devices, chip)), branches(setting.sizes)
+    torus, taken = Torus.of(setting.devices, chip), branches(setting.sizes)
+    predictor = Predictor(torus)
     share_of = shares(setting)
     stands_for = {
         shape: shape if all_shapes else squarest(share_of, shape.arity) for shape in share_of
@@ -208,7 +209,7 @@ def plan_stage(
         device_kind=devices[0].device_kind,
         chip=chip,
         devices=len(devices),
-        chips=len({(getattr(one, "slice_index", 0), *one.coords) for one in devices}),
+        chips=torus.chips,
         mesh=dict(setting.run.trainer.mesh.shape),
         remat=stage.remat.value,
         rows=stage.rows,

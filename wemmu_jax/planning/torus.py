@@ -19,7 +19,7 @@ class Torus:
     """Devices in the order of the mesh.
 
     Attributes:
-      places: int[devices, axes], of each device in its slice.
+      places: int[devices, axes], of each device in its slice; the last axis runs inside a chip.
       slices: int[devices].
       chip: their kind.
     """
@@ -39,6 +39,11 @@ class Torus:
     def sides(self) -> np.ndarray:
         """Devices along each axis of a slice."""
         return self.places.max(axis=0) - self.places.min(axis=0) + 1
+
+    @property
+    def chips(self) -> int:
+        """Chips that the devices are on."""
+        return len(np.unique(np.column_stack([self.slices, self.places[:, :-1]]), axis=0))
 
     def bandwidth(self, group: Sequence[int]) -> float:
         """ICI bytes/s of a device towards the others of its group: one link for each axis along which the group

@@ -22,6 +22,8 @@ _ENVIRONMENT = {
 # One device a chip, as programs see them; libtpu takes the two cores of a v4 for two devices unless told.
 _CHIP_OPTIONS = {"v4": {"chip_config_name": "megacore"}}
 
+_EXAMPLES = ("v4:2x2x4", "v5e:4x4", "v5p:2x2x1", "v5p:4x4x8", "v6e:16x16", "tpu7x:4x4x4")
+
 _NAME = re.compile(r"(?P<generation>[a-z0-9]+):\d+(x\d+){1,2}")
 
 
@@ -50,7 +52,9 @@ def topology_devices(name: str, *, slices: int = 1) -> list[jax.Device]:
     try:
         return list(topologies.get_topology_desc(name, platform="tpu", **options).devices)
     except jax.errors.JaxRuntimeError as error:
-        raise ValueError(f"no TPU topology {name!r}: {error}") from error
+        raise ValueError(
+            f"no TPU topology {name!r}: {error}; these exist, among others: {', '.join(_EXAMPLES)}"
+        ) from error
     except RuntimeError as error:
         raise ModuleNotFoundError(
             "compiling for a TPU needs libtpu: pip install -r requirements-tpu.txt"
