@@ -218,10 +218,11 @@ class Library:
         prints = {key: setting.fingerprint(program) for key, program in lowered.items()}
         missing = {prints[key]: key for key in keys if prints[key] not in self}
         if processes > 1 and len(missing) > 1:
+            bare = dataclasses.replace(setting)  # without its devices, which stay in this process
             context = multiprocessing.get_context("spawn")
             with concurrent.futures.ProcessPoolExecutor(processes, context) as pool:
                 jobs = [
-                    pool.submit(_compile_into, self._folder, setting, key, name)
+                    pool.submit(_compile_into, self._folder, bare, key, name)
                     for name, key in missing.items()
                 ]
                 for job in concurrent.futures.as_completed(jobs):
