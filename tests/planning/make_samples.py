@@ -116,6 +116,27 @@ def kernels() -> jax.stages.Compiled:
     return jax.jit(gradients).lower(one, one, one).compile()
 
 
+def offloaded() -> jax.stages.Compiled:
+    """Gradients of three layers that keep what they need in the host's memory."""
+    policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["kept"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+
+    def layer(x, weight):
+        product = jax.ad_checkpoint.checkpoint_name(x @ pinned(weight, None), "kept")
+        return jax.nn.silu(product), None
+
+    def loss(weights, x):
+        x, _ = jax.lax.scan(jax.checkpoint(layer, policy=policy, prevent_cse=False), x, weights)
+        return jnp.sum(x.astype(jnp.float32) ** 2)
+
+    weights, x = spec((OUTER, WIDTH, WIDTH), 1), spec((DEVICES * ROWS, WIDTH), 0)
+    return jax.jit(jax.grad(loss), out_shardings=weights.sharding).lower(weights, x).compile()
+
+
 def product() -> jax.stages.Compiled:
     """8192 x 8192 x 8192."""
     one = jax.ShapeDtypeStruct(
@@ -142,5 +163,5 @@ def _trimmed_line(line: str) -> str:
 
 if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)
-    for program in (loops, overlapped, kernels, product):
+    for program in (loops, overlapped, kernels, offloaded, product):
         (FOLDER / f"{program.__name__}.hlo").write_text(trimmed(program().as_text()))

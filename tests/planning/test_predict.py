@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from tests.planning.samples import LAYER_FLOPS, V5P, predictor, program, torus
+from tests.planning.samples import LAYER_FLOPS, ROWS, V5P, WIDTH, predictor, program, torus
 from wemmu_jax.planning.collectives import Collective
 from wemmu_jax.planning.kernels import kernel_flops
 from wemmu_jax.planning.predict import CAP, KERNEL_SPEED, Times, phase
@@ -101,6 +101,16 @@ def test_only_what_holds_no_product_is_capped():
     assert predictor().seconds(plain, capped=True) == pytest.approx(0.1 / CAP)
     assert predictor().seconds(plain, capped=False) == pytest.approx(1)
     assert predictor().seconds(product, capped=True) == pytest.approx(1)
+
+
+def test_copies_run_beside_the_core_and_the_hosts_are_slow():
+    """Three layers' work is hidden behind their way to the host and back."""
+    prediction = predictor().predict(program("offloaded"))
+    moved = 6 * 2 * ROWS * WIDTH / V5P.host
+    assert prediction.works["copy"] == pytest.approx(moved, rel=0.1)
+    assert prediction.works["core"] < moved
+    wire = prediction.works["collective"]
+    assert prediction.times.raw_exposed - wire == pytest.approx(moved, rel=0.2)
 
 
 def test_what_has_no_cycles_takes_its_bytes():

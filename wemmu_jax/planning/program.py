@@ -22,6 +22,8 @@ _FREE = (
 _FREE_CALLS = ("AllocateBuffer", "Sharding")
 _DONE = 'custom_call_target="AsyncCollectiveDone"'
 _KERNEL = "tpu_custom_call"
+_COPIES = ("copy-start", "slice-start", "dynamic-slice-start", "dynamic-update-slice-start")
+_HOST = "S(5)"  # the host's memory
 
 # op_name of a conditional, its number of branches -> how often each is taken.
 Branches = Callable[[str, int], Sequence[float]]
@@ -145,15 +147,28 @@ def _operations(module: Module, scope: Computation, one: Instruction) -> list[Op
         )
     elif one.opcode == "custom-call":
         found += _custom_call(scope, one, cost["bytes"])
-    elif one.opcode == "copy-start":
-        host = "S(5)" in one.type
-        moved = scope[one.operands[0]].bytes
-        found.append(
-            Operation(one.opcode, one.name, one.op_name, Work.COPY, bytes=moved, to_host=host)
-        )
+    elif kernels := _fused_kernels(module, one):
+        found += [
+            kernel
+            for call in kernels
+            for kernel in _custom_call(module[one.calls], call, cost["bytes"])
+        ]
+    elif one.opcode in _COPIES:
+        # The result stands before the last part of the type, except where it is the whole that a slice goes into.
+        updated = one.opcode == "dynamic-update-slice-start"
+        moved = scope[one.operands[1]].bytes if updated else one.shapes[-2].bytes
+        copy = Operation(one.opcode, one.name, one.op_name, Work.COPY, bytes=moved)
+        found.append(dataclasses.replace(copy, to_host=_HOST in one.type))
     elif not found and not one.opcode.endswith("-done") and not _ends_collective(module, one):
         found.append(Operation(one.opcode, one.name, one.op_name, Work.UNPRICED, **cost))
     return found
+
+
+def _fused_kernels(module: Module, one: Instruction) -> list[Instruction]:
+    """Pallas calls that XLA has fused what goes in or comes out with."""
+    if one.opcode != "fusion" or not one.calls:
+        return []
+    return [inner for inner in module[one.calls] if f'target="{_KERNEL}"' in inner.attributes]
 
 
 def _ends_collective(module: Module, one: Instruction) -> bool:
