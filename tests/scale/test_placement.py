@@ -7,13 +7,13 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks.compile_tpu import COLLECTIVES
 from configs.wemmu_3b import get_config
 from tests.models.wemmu_fixtures import row_encoder, small_config
 from wemmu_jax.data.pipeline import MicroBatch
 from wemmu_jax.data.records import Picture
 from wemmu_jax.data.tasks import Example, Task
 from wemmu_jax.models.wemmu.config import VAEStream
+from wemmu_jax.planning.collectives import KINDS
 from wemmu_jax.sharding.mesh import make_mesh
 from wemmu_jax.training.abstract import AbstractRun
 from wemmu_jax.training.batch import on_devices, packer, train_batch
@@ -76,7 +76,7 @@ def test_an_abstract_batch_has_the_form_of_the_real_one(stream, arity):
 
 def moved(text: str, rows: int) -> set[str]:
     """Collectives of an optimised program whose result has an axis as long as the whole batch."""
-    shapes = re.findall(rf"= \(?(\w+\[[\d,]*\]).*? (?:{'|'.join(COLLECTIVES)})(?:-start)?\(", text)
+    shapes = re.findall(rf"= \(?(\w+\[[\d,]*\]).*? (?:{'|'.join(KINDS)})(?:-start)?\(", text)
     return {shape for shape in shapes if re.search(rf"[\[,]{rows}[,\]]", shape)}
 
 

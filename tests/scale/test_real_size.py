@@ -4,29 +4,45 @@ and, in the slow tests, compiled for a TPU that is not there."""
 import jax
 import pytest
 
-from benchmarks.compile_tpu import compiled, programs
 from configs.wemmu_3b import STAGES
 from wemmu_jax.models.wemmu.config import VAEStream
+from wemmu_jax.planning import programs
+from wemmu_jax.planning.chips import CHIPS
+from wemmu_jax.planning.memory import memory
+from wemmu_jax.planning.plan import ONCE
+from wemmu_jax.planning.programs import Key, Setting, compile_program
+from wemmu_jax.planning.shapes import shares, squarest
 from wemmu_jax.sharding.topology import topology_devices
 
-V5P_BYTES = 95.74e9  # what the compiler lets a program use of a v5p chip
 ROWS = {512: 32, 1024: 16}
 STREAMS = [stream.value for stream in VAEStream]
 
 
-def programs_of(stage: str, stream: str, devices: list):
-    return list(programs(stage, stream, devices, rows=ROWS, fsdp=8, text_length=128))
+def setting(stage: str, stream: str, topology: str = "v5p:2x2x2") -> Setting:
+    rows = ROWS[STAGES[stage]["data.resolution"]]
+    overrides = {"batch.rows": rows, "mesh.fsdp": 8, "model.bridge.vae_stream": stream}
+    return Setting.of(f"configs/wemmu_3b.py:{stage}", overrides, topology=topology)
+
+
+def keys(of: Setting) -> list[Key]:
+    """The programs of a stage at its square bucket."""
+    found = shares(of)
+    squares = {squarest(found, shape.arity) for shape in found}
+    return [*dict.fromkeys(key for shape in squares for key in shape.programs), *ONCE]
 
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("stream", STREAMS)
-def test_every_program_of_a_stage_lowers(stage, stream):
-    found = programs_of(stage, stream, jax.devices())
+def test_every_program_of_a_stage_lowers(stage, stream, monkeypatch):
+    monkeypatch.setattr(programs, "topology_devices", lambda name, slices: jax.devices())
+    of = setting(stage, stream)
+    lowered = {key: of.lower(key).as_text() for key in keys(of)}
     wanted = {"stage4": {0, 1, 2}}.get(stage, {0, 1})
-    assert {p.arity for p in found if p.name == "accumulate"} == wanted
-    assert {p.name for p in found} == {"encode", "encode src", "accumulate", "update"}
-    accumulated = [p for p in found if p.name == "accumulate"]
-    assert len({p.fingerprint for p in accumulated}) == len(accumulated)
+    assert {key.arity for key in lowered if key.name == "accumulate"} == wanted
+    names = {"encode target", "encode source", "accumulate", "update", "zero"}
+    assert {key.name for key in lowered} == names
+    accumulated = [text for key, text in lowered.items() if key.name == "accumulate"]
+    assert len(set(accumulated)) == len(accumulated)
 
 
 COMPILED = {}  # stages 2 and 3 run the same program
@@ -36,17 +52,19 @@ COMPILED = {}  # stages 2 and 3 run the same program
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("stream", STREAMS)
 def test_the_widest_step_of_a_stage_compiles_for_a_v5p_and_fits(stage, stream):
-    """`python -m benchmarks.compile_tpu v5p:2x2x2` compiles the narrower micro-batches and the encoder too."""
+    """`wemmu plan` compiles the narrower micro-batches and the encoder too."""
+    of = setting(stage, stream)
+    found = {}
     with jax.default_matmul_precision("default"):
-        found = programs_of(stage, stream, topology_devices("v5p:2x2x2"))
-        *_, widest, update = found
-        assert (widest.name, update.name) == ("accumulate", "update")
-        for program in (widest, update):
-            key = program.fingerprint
-            if key not in COMPILED:
-                COMPILED[key] = compiled(program.lowered).memory
-            peak = COMPILED[key].argument_size_in_bytes + COMPILED[key].temp_size_in_bytes
-            assert 0 < peak < V5P_BYTES, (program.name, program.arity, peak)
+        wide = max((key for key in keys(of) if key.name == "accumulate"), key=lambda key: key.arity)
+        for key in (wide, Key("update")):
+            lowered = of.lower(key)
+            name = of.fingerprint(lowered)
+            if name not in COMPILED:
+                COMPILED[name] = compile_program(lowered)
+            found[key] = COMPILED[name]
+    assert not any(one.too_large for one in found.values())
+    assert 0 < sum(memory(of, found).values()) < CHIPS["TPU v5"].memory
 
 
 @pytest.mark.parametrize("name", ["v5p-8", "v5p", "v5p:", "5p:2x2x2 "])

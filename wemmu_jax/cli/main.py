@@ -17,6 +17,7 @@ COMMANDS = {
     "convert": "Hugging Face folders -> our checkpoint",
     "export": "our checkpoint -> Hugging Face folders, and one file of what WeMMU adds",
     "data": "checks, shows, indexes, encodes, captions and packs data sets",
+    "plan": "what a stage needs and takes on a TPU pod, without one",
     "train": "one stage of the curriculum",
     "generate": "pictures from text",
     "edit": "a picture and an instruction -> a picture",
@@ -29,7 +30,7 @@ COMMANDS = {
     "demo": "the whole life of a model on the tiny preset",
 }
 
-USER_ERRORS = (ValueError, OSError, FloatingPointError)
+USER_ERRORS = (ValueError, OSError, FloatingPointError, ModuleNotFoundError)
 FAILED, TRY_AGAIN, INTERRUPTED = 2, 75, 130
 
 

@@ -76,6 +76,17 @@ class Schedule:
             for arity in self.arities
         ]
 
+    @property
+    def shares(self) -> dict[tuple[int, int], Fraction]:
+        """(arity, index of a bucket) -> its share of all micro-batches."""
+        return {
+            (arity, bucket): of_arity * of_bucket
+            for arity, of_arity, lane in zip(
+                self.arities, _proportions(self._turns.shares), self._lanes, strict=True
+            )
+            for bucket, of_bucket in lane.shares.items()
+        }
+
     def plan(self, number: int) -> MicroBatchPlan:
         """Micro-batch `number`."""
         slot = np.array(number)
@@ -109,6 +120,11 @@ class _Lane:
         self._buckets = Turns([share for share in shares if share])
         self._rows, self._entropy, self._bucket_count = rows, entropy, bucket_count
         self._used = {0: np.zeros((len(pools), bucket_count), np.int64)}
+
+    @property
+    def shares(self) -> dict[int, Fraction]:
+        """Bucket -> its share of the arity's micro-batches."""
+        return dict(zip(self._bucket_ids.tolist(), _proportions(self._buckets.shares), strict=True))
 
     def plan(self, j: int) -> tuple[int, tuple[RowPlan, ...]]:
         """The bucket and the rows of the arity's micro-batch j."""
@@ -156,6 +172,10 @@ class _Lane:
             np.add.at(used, self._span_buckets(new - 1), self._rows_of(new - 1, SPAN))
             self._used[new] = used.T
         return self._used[span]
+
+
+def _proportions(shares: Sequence[int]) -> list[Fraction]:
+    return [Fraction(share, sum(shares)) for share in shares]
 
 
 def _bucket_shares(

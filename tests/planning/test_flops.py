@@ -1,0 +1,104 @@
+"""Model FLOPs by formula against the numbers of the design, which were counted on the reference's modules."""
+
+import pytest
+
+from wemmu_jax.data.buckets import Bucket
+from wemmu_jax.models.wemmu.config import BridgeConfig, Connector, VAEStream, WeMMUConfig
+from wemmu_jax.models.wemmu.published import published_wemmu
+from wemmu_jax.planning import flops
+from wemmu_jax.planning.flops import Learns, sample_flops
+
+TERA = 1e12
+S512, S1024 = Bucket(512, 512), Bucket(1024, 1024)
+MODEL = published_wemmu(BridgeConfig())
+TEXT = MODEL.vlm.text
+BESIDE = published_wemmu(BridgeConfig(vae_stream=VAEStream.EXPERT))
+NO_VAE = published_wemmu(BridgeConfig(connector=Connector.NONE))
+
+
+def near(value: float):
+    """Within half of the last digit that the design prints, of three."""
+    return pytest.approx(value, rel=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("found", "printed"),
+    [
+        (flops.vision_flops(MODEL.vlm.vision, 324), 1.71),
+        (flops.vision_flops(MODEL.vlm.vision, 1369), 7.68),
+        (sum(flops.prefill_flops(TEXT, 128)), 0.71),
+        (sum(flops.prefill_flops(TEXT, 128 + 324)), 2.54),
+        (sum(flops.prefill_flops(TEXT, 128 + 2 * 324)), 4.40),
+        (sum(flops.prefill_flops(TEXT, 128 + 1369)), 8.64),
+        (sum(flops.prefill_flops(TEXT, 128 + 2 * 1369)), 17.1),
+        (flops.expert_flops(TEXT, 324, 128), 1.84),
+        (flops.expert_flops(TEXT, 324, 128 + 2 * 324), 1.90),
+        (flops.expert_flops(TEXT, 1369, 128), 8.20),
+        (flops.expert_flops(TEXT, 1369, 128 + 2 * 1369), 9.31),
+        (flops.position_mlp_flops(MODEL, 324), 0.068),
+        (flops.position_mlp_flops(MODEL, 1369), 0.287),
+        (flops.dit_flops(MODEL.dit, 256, 324), 0.848),
+        (flops.dit_flops(MODEL.dit, 1024, 1369), 3.614),
+        (flops.encode_flops(MODEL.dc_ae, 512, 512), 1.29),
+        (flops.encode_flops(MODEL.dc_ae, 576, 576), 1.64),
+        (flops.encode_flops(MODEL.dc_ae, 1024, 1024), 5.18),
+        (flops.encode_flops(MODEL.dc_ae, 1184, 1184), 6.92),
+    ],
+)
+def test_forward_passes(found, printed):
+    assert found / TERA == near(printed)
+
+
+def sample(model: WeMMUConfig, bucket: Bucket, arity: int, *, dit=True, branch=True) -> float:
+    learns = Learns(dit=dit, branch=branch)
+    return sum(sample_flops(model, bucket, arity=arity, text=128, learns=learns).values()) / TERA
+
+
+@pytest.mark.parametrize(
+    ("bucket", "arity", "settings", "printed"),
+    [
+        (S512, 0, {"dit": False}, 9.4),
+        (S512, 1, {"dit": False}, 18.5),
+        (S512, 1, {"dit": False, "branch": False}, 16.6),
+        (S1024, 0, {}, 42.2),
+        (S1024, 1, {}, 85.3),
+        (S1024, 1, {"branch": False}, 76.5),
+        (S1024, 2, {}, 132.8),
+        (S1024, 2, {"branch": False}, 113.1),
+    ],
+)
+def test_training_samples(bucket, arity, settings, printed):
+    assert sample(MODEL, bucket, arity, **settings) == near(printed)
+
+
+@pytest.mark.parametrize(
+    ("bucket", "arity", "dit", "printed"),
+    [(S512, 1, False, 20.5), (S1024, 1, True, 96.0), (S1024, 2, True, 156.9)],
+)
+def test_training_samples_with_vae_tokens_beside_the_queries(bucket, arity, dit, printed):
+    """The design's number lets the VAE tokens see the queries, which they do not."""
+    queries = 324 if bucket == S512 else 1369
+    hidden = 3 * 4 * arity * queries**2 * TEXT.hidden_size * TEXT.num_hidden_layers / TERA
+    assert sample(BESIDE, bucket, arity, dit=dit) + hidden == near(printed)
+
+
+def test_without_a_connector_no_source_is_encoded_and_the_prompt_is_shorter():
+    learns = Learns(dit=False, branch=False)
+    found = sample_flops(NO_VAE, S512, arity=1, text=128, learns=learns)
+    assert found["VAE branch"] == 0
+    assert found["DC-AE encode"] / TERA == near(1.29)
+    assert found["LLM prefill"] / TERA == near(2.54)
+
+
+def test_parts_are_the_real_ones_and_grow_with_sources():
+    learns = Learns(dit=True, branch=True)
+    one, two = (sample_flops(MODEL, S1024, arity=n, text=128, learns=learns) for n in (1, 2))
+    assert two["ViT"] == 2 * one["ViT"] and two["DiT"] == one["DiT"]
+    assert two["LLM prefill"] > one["LLM prefill"] and two["expert"] > one["expert"]
+
+
+def test_buckets_of_a_stage_cost_about_the_same():
+    wide = sample(MODEL, Bucket(512, 2048), 1)
+    assert wide == pytest.approx(sample(MODEL, S1024, 1), rel=0.05) and wide != sample(
+        MODEL, S1024, 1
+    )

@@ -1,0 +1,251 @@
+"""Plans without a compiler for TPUs: shares, what is kept on disk, and what does not fit."""
+
+import collections
+import dataclasses
+from fractions import Fraction
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs.wemmu_3b import STAGES
+from tests.planning.samples import program, torus
+from wemmu_jax.data.pools import Pool
+from wemmu_jax.data.schedule import SPAN, Schedule
+from wemmu_jax.data.tasks import Task
+from wemmu_jax.planning import memory, programs
+from wemmu_jax.planning.chips import CHIPS, GIB, chip_of
+from wemmu_jax.planning.plan import branches, plan_stage
+from wemmu_jax.planning.predict import Predictor, Times
+from wemmu_jax.planning.programs import Compiled, Key, Library, Setting, compile_program
+from wemmu_jax.planning.search import search
+from wemmu_jax.planning.shapes import shares, squarest
+from wemmu_jax.training.curriculum import load_config
+
+
+@pytest.fixture(autouse=True)
+def cpu_for_tpu(monkeypatch):
+    """Eight CPU devices for those of a v5e."""
+    monkeypatch.setattr(programs, "topology_devices", lambda name, slices: jax.devices())
+    monkeypatch.setattr("wemmu_jax.planning.plan.chip_of", lambda device: CHIPS["TPU v5 lite"])
+    monkeypatch.setattr(
+        "wemmu_jax.planning.plan.Torus.of", lambda devices, chip: torus(2, 2, cores=2)
+    )
+
+
+def setting(stage: str = "stage1", **overrides) -> Setting:
+    return Setting.of(f"configs/wemmu_3b.py:{stage}", overrides, topology="v5e:2x4")
+
+
+# -- shapes
+
+
+@pytest.mark.parametrize(("stage", "arities"), [("stage1", 2), ("stage3", 2), ("stage4", 3)])
+def test_shares_are_those_of_the_mixture(stage, arities):
+    found = shares(setting(stage))
+    assert sum(found.values()) == pytest.approx(1)
+    assert len(found) == 9 * arities <= 30
+    weights = STAGES[stage]["data.mixture"]
+    text_only = (weights["T2I"] + weights["Uncond"]) / sum(weights.values())
+    of = collections.Counter()
+    for shape, share in found.items():
+        of[shape.arity] += share
+    assert of[0] == pytest.approx(text_only)
+
+
+def test_shares_are_how_often_the_schedule_deals_a_shape():
+    members = (np.arange(30), np.arange(10))
+    pools = [
+        Pool(Task.T2I, 0, 0, Fraction(1), members, any_size=False),
+        Pool(Task.REC, 1, 0, Fraction(1), members[::-1], any_size=False),
+    ]
+    mixture = {Task.T2I: 1.0, Task.REC: 3.0}
+    schedule = Schedule(mixture, pools, bucket_count=2, rows=1, seed=0)
+    count = 8 * SPAN
+    dealt = collections.Counter((m.arity, m.bucket) for m in map(schedule.plan, range(count)))
+    assert dealt == {shape: count * share for shape, share in schedule.shares.items()}
+    assert schedule.shares[1, 0] == Fraction(3, 4) * Fraction(1, 4)
+
+
+def test_a_square_stands_for_an_arity():
+    shape = squarest(shares(setting()), 1)
+    assert (shape.arity, shape.bucket.height, shape.bucket.width) == (1, 512, 512)
+    assert [key.name for key in shape.programs] == ["accumulate", "encode target", "encode source"]
+
+
+def test_branches_are_those_of_the_model_and_others_are_an_error():
+    taken = branches(setting().sizes)
+    assert taken("jit(step)/jvp(VisionTransformer)/layers/attention/cond", 2) == (28 / 32, 4 / 32)
+    assert taken("jit(update)/cond", 2) == (0, 1)
+    with pytest.raises(ValueError, match="not known how often the 3 branches of 'jit"):
+        taken("jit(step)/cond", 3)
+
+
+# -- the library
+
+
+class Fake:
+    """A setting with programs that a CPU can compile."""
+
+    def lower(self, key: Key) -> jax.stages.Lowered:
+        return jax.jit(lambda x: x @ x).lower(jnp.zeros((len(key.name), len(key.name))))
+
+    def fingerprint(self, lowered: jax.stages.Lowered) -> str:
+        return Setting.fingerprint(setting(), lowered)
+
+
+def test_what_was_compiled_once_is_never_compiled_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(programs.importlib.metadata, "version", lambda name: "1")
+    keys = [Key("update"), Key("zero")]
+    first = Library(tmp_path).compile(Fake(), keys)
+    with mock.patch.object(programs, "compile_program", side_effect=AssertionError):
+        again = Library(tmp_path).compile(Fake(), keys)
+    assert again == first
+    assert first[keys[0]].memory["arguments"] == 6 * 6 * 4
+    monkeypatch.setattr(programs.importlib.metadata, "version", lambda name: "2")
+    with mock.patch.object(programs, "compile_program") as compiled:
+        compiled.return_value = Compiled("new", 0.0, {})
+        assert Library(tmp_path).compile(Fake(), keys)[keys[0]].text == "new"
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    library = Library(tmp_path)
+    library.put("a", Compiled("text", 1.0, {}))
+    assert library.get("a").text == "text"
+    (tmp_path / "a.json.gz").write_bytes((tmp_path / "a.json.gz").read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"a\.json\.gz: damaged"):
+        library.get("a")
+
+
+def test_the_compilers_complaint_is_kept():
+    class TooLarge:
+        def compile(self):
+            raise jax.errors.JaxRuntimeError(
+                "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
+                "(400.00G) exceeds available HBM (95.74G).\nMore."
+            )
+
+    found = compile_program(TooLarge())
+    assert found.memory["temporaries"] == 400 * GIB and "95.74G" in found.too_large
+
+
+# -- what does not fit
+
+
+def told(tmp_path, stage: str, **overrides) -> str:
+    with pytest.raises(ValueError) as error:
+        plan_stage(setting(stage, **overrides), Library(tmp_path))
+    return str(error.value)
+
+
+def test_a_mesh_that_does_not_divide_the_devices(tmp_path):
+    said = told(tmp_path, "stage1", **{"mesh.fsdp": 3})
+    assert said == "fsdp=3 does not divide 8 devices; possible: [1, 2, 4, 8]"
+
+
+def test_rows_that_the_mesh_does_not_divide(tmp_path):
+    said = told(tmp_path, "stage1", **{"batch.rows": 12})
+    assert "12 rows does not divide over 8 devices" in said and "[8, 16]" in said
+
+
+def test_weights_that_do_not_fit(tmp_path):
+    said = told(tmp_path, "stage2", **{"mesh.fsdp": 2})
+    assert "stage2 does not fit v5e:2x4: what lies there all the time needs" in said
+    assert "mesh.fsdp=8 would leave room" in said
+    assert "of 15.75" in said
+
+
+def too_large(library, setting, keys, processes):
+    complaint = {"temporaries": 20 * GIB, "outputs": 0, "aliased": 0}
+    return {key: Compiled("", 1.0, complaint, "RESOURCE_EXHAUSTED") for key in keys}
+
+
+def test_a_program_that_does_not_fit(tmp_path, monkeypatch):
+    monkeypatch.setattr(Library, "compile", too_large)
+    said = told(tmp_path, "stage1", **{"batch.rows": 32, "mesh.fsdp": 8})
+    assert "accumulate, 0 sources, 512x512: the program needs 20.0 GiB a device of 15.75" in said
+    assert "about batch.rows=8 would" in said
+
+
+def test_nothing_that_search_tries_fits(tmp_path, monkeypatch):
+    monkeypatch.setattr(Library, "compile", too_large)
+    lines = []
+    with pytest.raises(ValueError, match="nothing near the config fits"):
+        search(setting(), Library(tmp_path), say=lines.append)
+    assert any("rows=256, fsdp=8, remat=none" in line for line in lines)
+    assert any("rows=128" in line or "rows=192" in line for line in lines)
+
+
+def test_a_chip_of_which_nothing_is_known():
+    with pytest.raises(ValueError, match="nothing is known of the speed of 'cpu'"):
+        chip_of(jax.devices()[0])
+
+
+# -- a plan from programs that are not the model's
+
+
+@pytest.fixture
+def planned(tmp_path, monkeypatch):
+    """A stage whose every program is the sample `loops`."""
+    made = {"temporaries": GIB, "outputs": 0, "aliased": 0}
+    monkeypatch.setattr(
+        Library,
+        "compile",
+        lambda library, setting, keys, processes: {key: Compiled("", 2.0, made) for key in keys},
+    )
+    monkeypatch.setattr(
+        "wemmu_jax.planning.plan.read_program", lambda text, taken: program("loops")
+    )
+    return plan_stage(setting("stage4", **{"mesh.fsdp": 8}), Library(tmp_path))
+
+
+def test_a_step_is_its_micro_batches_and_what_runs_once(planned):
+    one = dataclasses.astuple(Predictor(torus(2, 2, cores=2)).times(program("loops")))
+    sources = sum(shape.share * shape.shape.arity for shape in planned.shapes)
+    scale = sum(
+        shape.share
+        * (2 + shape.shape.arity)
+        * sum(shape.model_flops.values())
+        / sum(next(s for s in planned.shapes if s.shape == shape.compiled).model_flops.values())
+        for shape in planned.shapes
+    )
+    assert scale == pytest.approx(2 + sources, rel=0.05) and scale != 2 + sources
+    expected = [seconds * (planned.micro_batches * scale + 2) for seconds in one]
+    assert dataclasses.astuple(planned.times) == pytest.approx(expected)
+    by_shape = sum((one.times * one.share for one in planned.shapes), Times())
+    assert by_shape.raw_exposed * planned.micro_batches == pytest.approx(expected[1] - 2 * one[1])
+
+
+def test_hours_days_and_mfu_follow_from_the_step(planned):
+    seconds = planned.times.capped_exposed
+    assert planned.days["capped_exposed"] == pytest.approx(seconds * planned.steps / 86400)
+    could = seconds * planned.devices * planned.chip.peak
+    assert planned.mfu["capped_exposed"] == pytest.approx(planned.model_flops / could)
+    assert planned.model_flops / planned.rows / planned.micro_batches == pytest.approx(
+        80.2e12, rel=0.05
+    )
+
+
+def test_memory_is_what_lies_there_and_the_largest_program(planned):
+    kinds = planned.memory
+    weights = kinds["trainable weights"]
+    assert 8 * weights == pytest.approx(18.0e9, rel=0.01)  # the design's table, stages 2 to 4
+    assert kinds["optimizer"] == pytest.approx(2 * weights, rel=1e-3)
+    assert kinds["gradients"] == weights and kinds["temporaries"] == GIB
+    assert planned.spare == planned.chip.memory - sum(kinds.values())
+
+
+def test_bytes_a_device_are_those_of_its_shards():
+    run = setting(**{"mesh.fsdp": 4}).run
+    trainable = memory.bytes_a_chip(run.trainable)
+    whole = sum(leaf.size * 4 for leaf in jax.tree.leaves(run.trainable))
+    assert whole / 4 < trainable < 1.01 * whole / 4
+
+
+def test_stages_that_differ_in_the_seed_alone_share_programs():
+    """Down to the seed, which is a constant of the programs."""
+    two, three = setting("stage2"), setting("stage3")
+    assert (two.run.trainer.stage.seed, three.run.trainer.stage.seed) == (0, 0)
+    assert load_config("configs/wemmu_3b.py:stage3").seed == 3

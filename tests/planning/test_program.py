@@ -1,0 +1,153 @@
+"""Texts of real TPU programs: loops, conditionals, collectives, products and kernels are all found and counted."""
+
+import collections
+import re
+
+import pytest
+
+from tests.planning.samples import (
+    DEVICES,
+    INNER,
+    LAYER_FLOPS,
+    OUTER,
+    ROWS,
+    WEIGHT_BYTES,
+    WIDTH,
+    program,
+    text,
+)
+from wemmu_jax.planning.collectives import first_group
+from wemmu_jax.planning.hlo import parse
+from wemmu_jax.planning.program import Work, read_program
+from wemmu_jax.planning.trips import trip_count
+
+LAYERS = OUTER * INNER
+
+
+def loops_of(module):
+    return [
+        (scope, one)
+        for scope in module.computations.values()
+        for one in scope
+        if one.opcode == "while"
+    ]
+
+
+def test_trip_counts_are_those_of_the_scans():
+    module = parse(text("loops"))
+    counts = [trip_count(module, scope, loop) for scope, loop in loops_of(module)]
+    assert sorted(counts) == [OUTER, OUTER, INNER, INNER]
+
+
+def test_a_loop_that_no_constant_ends_is_an_error():
+    changed = text("loops").replace("direction=LT", "direction=EQ")
+    with pytest.raises(ValueError, match="cannot read how often loop"):
+        read_program(changed, lambda op_name, count: (0, 1))
+
+
+def test_products_of_nested_loops_and_of_the_branch_taken():
+    """Forward, and gradients of inputs and of weights: three products a layer, three more in the true branch."""
+    loops, branch = 3 * LAYERS * LAYER_FLOPS, 3 * LAYER_FLOPS
+    assert program("loops", (1, 0)).flops == loops
+    assert program("loops", (0, 1)).flops == loops + branch
+    assert program("loops", (0.75, 0.25)).flops == loops + branch / 4
+
+
+def test_the_rule_for_branches_sees_where_the_conditional_is():
+    seen = []
+    read_program(text("loops"), lambda op_name, count: seen.append((op_name, count)) or (0, 1))
+    assert all("/cond" in name and count == 2 for name, count in seen)
+    assert {"transpose" in name for name, _ in seen} == {True, False}
+
+
+def collectives(name: str) -> dict[str, tuple[float, float]]:
+    """Kind -> how many of whole weights, and their bytes."""
+    counts, sizes = collections.Counter(), collections.Counter()
+    for times, one in program(name).walk():
+        if one.collective and one.collective.bytes > 2:
+            assert len(one.collective.group) == DEVICES
+            counts[one.collective.kind] += times
+            sizes[one.collective.kind] += times * one.collective.bytes
+    return {kind: (counts[kind], sizes[kind]) for kind in counts}
+
+
+def test_weights_are_gathered_and_their_gradients_scattered_once_a_layer():
+    """Every device's gradients come as an all-reduce that XLA has fused with the slice that the device keeps."""
+    assert "reduce-scatter(" not in text("loops")
+    layers = LAYERS + 1  # and the branch
+    expected = (layers, layers * WEIGHT_BYTES)
+    assert collectives("loops") == {"all-gather": expected, "reduce-scatter": expected}
+
+
+def test_an_asynchronous_collective_counts_once():
+    """It stands in three fusions: its start, the product that it runs beside, its end."""
+    assert text("overlapped").count("all-gather(") == 4
+    assert collectives("overlapped") == {"all-gather": (2, 2 * 2 * 4096**2)}
+
+
+def test_the_product_beside_an_asynchronous_collective_is_not_lost():
+    assert program("overlapped").flops == 2 * 2 * 8192 * 4096**2
+
+
+def test_kernels_are_found_with_what_they_say():
+    kernels = {one.name: one for _, one in program("kernels").walk() if one.work is Work.KERNEL}
+    assert set(kernels) == {
+        "splash_mha_fwd_residuals",
+        "splash_mha_dq_no_residuals",
+        "said",
+        "unsaid",
+    }
+    assert kernels["said"].flops == 10**12 and kernels["unsaid"].flops == 0
+    assert kernels["unsaid"].bytes == 2 * 4 * 512 * 128 * 2
+
+
+def test_what_goes_to_the_host_and_back():
+    """Rows of every layer once each way, in loops whose first or last pass XLA has taken out."""
+    copies = collections.Counter()
+    for times, one in program("offloaded").walk():
+        if one.to_host:
+            assert one.work is Work.COPY
+            copies[one.opcode] += times * one.bytes
+    size = OUTER * 2 * ROWS * WIDTH
+    assert copies == {"dynamic-update-slice-start": size, "dynamic-slice-start": size}
+
+
+def test_a_loop_that_lost_a_pass_counts_the_others():
+    """Nobody wants the rows' own gradient, so XLA takes the last pass back out of its loop and drops a product."""
+    assert program("offloaded").flops == (3 * OUTER - 1) * LAYER_FLOPS
+
+
+@pytest.mark.parametrize("name", ["loops", "overlapped", "kernels", "offloaded", "product"])
+def test_every_cycle_of_the_text_is_counted(name):
+    """Each estimate once, in a pass of its loop or in its branch."""
+    cycles = [int(found) for found in re.findall(r'"estimated_cycles":"(\d+)"', text(name))]
+    assert sorted(one.cycles for _, one in program(name).walk() if one.cycles) == sorted(cycles)
+
+
+def test_what_is_sliced_from_a_stack_counts_as_the_slice():
+    stack = LAYERS // INNER * INNER * WIDTH**2 * 2 // DEVICES
+    reads = [one for _, one in program("loops").walk() if "dynamic-slice_fusion" in one.name]
+    assert reads and all(one.bytes < stack for one in reads)
+
+
+@pytest.mark.parametrize(
+    ("groups", "first"),
+    [
+        ("{{0,1},{2,3}}", (0, 1)),
+        ("[2,4]<=[8]", (0, 1, 2, 3)),
+        ("[2,4]<=[4,2]T(1,0)", (0, 2, 4, 6)),
+        ("mesh['a'=2,'b'=4] {'b'}", (0, 1, 2, 3)),
+        ("mesh['a'=2,'b'=4] {'a'}", (0, 4)),
+        ("mesh['a'=2,'b'=2,'c'=2] {'a','c'}", (0, 1, 4, 5)),
+        ("mesh['a'=2,'b'=4], device_ids=([8]<=[4,2]T(1,0)) {'a'}", (0, 1)),
+    ],
+)
+def test_who_takes_part(groups, first):
+    assert first_group(groups) == first
+
+
+def test_what_cannot_be_read_is_an_error():
+    with pytest.raises(ValueError, match="no ENTRY"):
+        parse("HloModule nothing")
+    with pytest.raises(ValueError, match="who takes part"):
+        first_group("all of you")

@@ -1,0 +1,109 @@
+"""Collectives: which an instruction starts, over how many bytes, and who takes part."""
+
+import dataclasses
+import functools
+import math
+import re
+
+import numpy as np
+
+from wemmu_jax.planning.hlo import Computation, Instruction, Module
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective.
+
+    Attributes:
+      kind: one of KINDS.
+      array: type and sides of what is gathered to, reduced or moved; the first of several.
+      bytes: of all of it.
+      groups: XLA's text of who takes part.
+    """
+
+    kind: str
+    array: str
+    bytes: int
+    groups: str
+
+    @property
+    def group(self) -> tuple[int, ...]:
+        """Who takes part, by place in the mesh: the first group, of a permutation the first pair."""
+        return first_group(self.groups)
+
+
+def collectives(
+    module: Module, computation: Computation, instruction: Instruction
+) -> list[Collective]:
+    """What `instruction` starts: itself, or what is fused or wrapped in the computation that it calls."""
+    kind = instruction.opcode.removesuffix("-start")
+    if kind in KINDS:
+        return [_collective(kind, computation, instruction)]
+    if instruction.opcode not in ("fusion", "async-start") or not instruction.calls:
+        return []
+    inner = module[instruction.calls]
+    # A collective that runs beside several fusions stands in each of them, and only in one with its start.
+    starts = any('custom_call_target="AsyncCollectiveStart"' in one.attributes for one in inner)
+    return [
+        found
+        for one in inner
+        if starts or "chain_id=" not in one.attributes
+        for found in collectives(module, inner, one)
+    ]
+
+
+def _collective(kind: str, computation: Computation, instruction: Instruction) -> Collective:
+    groups = instruction.attribute(r"(?:replica_groups|source_target_pairs)=(.*?)(?:, \w+=|$)")
+    operands = [computation[name] for name in instruction.operands]
+    moved = sum(operand.bytes for operand in operands)
+    first = operands[0].shapes[0]
+    dims = list(first.dims)
+    if kind == "all-gather":
+        size = len(first_group(groups))
+        moved *= size
+        dims[int(instruction.attribute(r"dimensions=\{(\d+)\}"))] *= size
+    elif kind == "all-reduce":
+        # XLA fuses an all-reduce with the slice that each device keeps of it, which moves half as much.
+        users = computation.users.get(instruction.name, [])
+        if users and all(user.opcode == "dynamic-slice" for user in users):
+            kind = "reduce-scatter"
+    return Collective(kind, f"{first.dtype}{dims}".replace(" ", ""), moved, groups)
+
+
+@functools.lru_cache(maxsize=1024)
+def first_group(text: str) -> tuple[int, ...]:
+    """The first group of `{{0,1},{2,3}}`, of `[2,4]<=[4,2]T(1,0)` or of `mesh['a'=2,'b'=4] {'b'}`.
+
+    Raises:
+      ValueError: the text has another form.
+    """
+    if listed := re.match(r"\{\{([\d,]+)\}", text):
+        return _numbers(listed[1])
+    if tile := re.match(r"\[([\d,]+)\](<=.*)", text):
+        return tuple(_order(tile[2]).reshape(_numbers(tile[1])[0], -1)[0].tolist())
+    mesh = re.match(r"mesh\[([^\]]*)\](?:, device_ids=\((.*)\))? \{([^}:]*)\}", text)
+    if mesh is None:
+        raise ValueError(f"cannot read who takes part in a collective: {text[:200]}")
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
+    total = math.prod(sizes.values())
+    order = np.arange(total) if mesh[2] is None else _order(re.sub(r"^\[[\d,]*\]", "", mesh[2]))
+    chosen = [list(sizes).index(name) for name in re.findall(r"'([^']+)'", mesh[3])]
+    places = np.moveaxis(order.reshape(list(sizes.values())), chosen, range(len(chosen)))
+    size = math.prod(places.shape[: len(chosen)])
+    return tuple(places.reshape(size, -1)[:, 0].tolist())
+
+
+def _order(text: str) -> np.ndarray:
+    """All devices in the order of `<=[4,2]T(1,0)`."""
+    tile = re.match(r"<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    if tile is None:
+        raise ValueError(f"cannot read the order of the devices: {text[:200]}")
+    sizes = _numbers(tile[1])
+    places = np.arange(math.prod(sizes)).reshape(sizes)
+    return (places.transpose(_numbers(tile[2])) if tile[2] else places).ravel()
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split(","))

@@ -1,0 +1,29 @@
+"""FLOPs of Pallas calls, of which XLA knows nothing."""
+
+import re
+
+from wemmu_jax.planning.program import Operation
+
+# Name of a kernel -> products of [T, H] x [H, S] that it makes for each head; the first that matches counts.
+_ATTENTION = (
+    (
+        r"(mha|mqa|flash|attention).*dkv.*fused",
+        5,
+    ),  # scores, their gradient, and one for each of q, k, v
+    (r"(mha|mqa|flash|attention).*dkv", 4),
+    (r"(mha|mqa|flash|attention).*dq", 3),
+    (r"mha|mqa|flash|attention", 2),  # forward: scores, values
+)
+
+
+def kernel_flops(kernel: Operation) -> int:
+    """What the call says itself, or of an attention kernel the formula for its operands: queries [..., T, H] and keys
+    [..., S, H] come first among the real ones, and no block is taken to be skipped. 0 if neither is known."""
+    if kernel.flops:
+        return kernel.flops
+    for pattern, products in _ATTENTION:
+        if re.search(pattern, kernel.name):
+            real = [one for one in kernel.operands if re.match("b?f", one.dtype)]
+            if len(real) >= 2 and min(len(one.dims) for one in real[:2]) >= 2:
+                return 2 * products * real[0].size * real[1].dims[-2]
+    return 0

@@ -1,0 +1,65 @@
+"""Memory a chip, by kind: what lies there all the time, and what the largest program needs beside it."""
+
+import itertools
+import math
+from collections.abc import Mapping
+
+import jax
+
+from wemmu_jax.planning.programs import Compiled, Key, Setting
+
+
+def bytes_a_chip(tree) -> int:
+    """Of abstract arrays with shardings, without the padding of tiles."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "sharding")]
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves
+    )
+
+
+def resident(setting: Setting) -> dict[str, int]:
+    """Kind -> bytes a chip that lie there between programs, micro-batches apart."""
+    run = setting.run
+    state = run.trainer.abstract_state
+    trainable = bytes_a_chip(run.trainable)
+    return {
+        "trainable weights": trainable,
+        "optimizer": bytes_a_chip(state) - trainable,
+        "gradients": trainable,
+        "frozen weights": bytes_a_chip(run.frozen),
+    }
+
+
+def memory(setting: Setting, programs: Mapping[Key, Compiled]) -> dict[str, int]:
+    """Kind -> bytes a chip while the largest program runs. Two micro-batches are there: the next one is sent while
+    one is worked on."""
+    widest = max((key for key in programs if key.name == "accumulate"), key=lambda key: key.arity)
+    run, beside = setting.run, max(one.beside_arguments for one in programs.values())
+    batch = run.batch(widest.bucket, arity=widest.arity, text_length=setting.text_length)
+    pixels = run.pixels(widest.bucket, arity=widest.arity)
+    return resident(setting) | {
+        "two micro-batches": 2 * (bytes_a_chip(batch) + bytes_a_chip(pixels)),
+        "temporaries": beside,
+    }
+
+
+def what_fits(setting: Setting, temporaries: float, available: float) -> str:
+    """What would work where a stage needs more than `available` bytes a device.
+
+    Fewer rows if there is room beside the weights, else weights cut into more parts. An estimate: temporaries are
+    taken to grow with the rows, weights to shrink with `fsdp`.
+    """
+    mesh, rows, weights = setting.run.trainer.mesh, setting.config.batch.rows, resident(setting)
+    room = available - sum(weights.values())
+    fitting = int(rows / mesh.size * room / temporaries) if room > 0 and temporaries else 0
+    if fitting:
+        return f"about batch.rows={fitting * mesh.size} would; --search looks for what is fastest"
+    parts = next(
+        n
+        for n in itertools.count(1)
+        if 2**n * available > 1.5 * sum(weights.values()) * mesh.shape["fsdp"]
+    )
+    if 2**parts > mesh.shape["fsdp"]:
+        where = "" if mesh.size % 2**parts == 0 else f" on {2**parts} devices"
+        return f"mesh.fsdp={2**parts}{where} would leave room beside the weights"
+    return "model.remat=full, more chips, or larger ones may"
