@@ -100,3 +100,20 @@ def test_processes_that_were_given_different_things(config_of, tmp_path):
         assert code == 2 and "of process 0 is not that of 1" in error
     assert not (own / "checkpoints").exists() and not other.exists()
     assert not list(own.glob(".seen*"))
+
+
+def test_the_sample_to_blame_may_be_of_another_process(monkeypatch):
+    theirs = [[12, "set/b", float("nan")], [13, "set/c", 0.5]]
+    monkeypatch.setattr(loop, "exchange", lambda mine: [json.loads(json.dumps(mine)), theirs])
+    plain = jax.numpy.array([0.5, 0.25, np.nan, 0.5])
+    part = loop._Part(
+        keys=("set/x", "set/a"),
+        numbers=np.array([10, 11], np.uint32),
+        first=10,
+        tasks=plain,
+        cut=plain,
+        losses=plain,
+        plain=plain,
+    )
+    text = loop._blame(loop._Outcome(3, [part], plain[0]), 1.0)
+    assert text.startswith("step 3:") and text.endswith("To blame:\n  sample 12, set/b: loss nan")
