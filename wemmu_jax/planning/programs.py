@@ -238,9 +238,12 @@ class Library:
 
 
 def _compile_into(folder: pathlib.Path, setting: Setting, key: Key, fingerprint: str) -> str:
-    library = Library(folder)
-    library.put(fingerprint, compile_program(setting.lower(key)))
-    return _said(key, library.get(fingerprint))
+    lowered = setting.lower(key)
+    if setting.fingerprint(lowered) != fingerprint:
+        raise RuntimeError(f"another process lowers {key} to another program; try --processes 1")
+    compiled = compile_program(lowered)
+    Library(folder).put(fingerprint, compiled)
+    return _said(key, compiled)
 
 
 def _said(key: Key, compiled: Compiled) -> str:
