@@ -101,10 +101,9 @@ def metrics(workdir: pathlib.Path) -> dict[int, dict[str, float]]:
     return found
 
 
-def wait_for(step: int, workdir: pathlib.Path, members: Sequence[subprocess.Popen]) -> None:
-    """Returns once the run has reported `step`, or a process has ended."""
+def wait_for(file: pathlib.Path, members: Sequence[subprocess.Popen]) -> None:
+    """Returns once a run has written `file`, or a process has ended."""
     until = time.monotonic() + PATIENCE
-    while step not in metrics(workdir) and time.monotonic() < until:
-        if any(member.poll() is not None for member in members):
-            return
+    while not file.exists() and all(member.poll() is None for member in members):
+        assert time.monotonic() < until
         time.sleep(0.05)

@@ -16,6 +16,7 @@ from wemmu_jax.sharding.mesh import make_mesh
 from wemmu_jax.training import loop, run
 from wemmu_jax.training.checkpoints import Checkpoints
 
+STEPS = 16  # a SIGTERM takes a second to be noticed
 # One program instead of many: text to picture alone.
 ONE_ARITY = {"data.mixture.Rec": 0.0, "data.mixture.Uncond": 0.0, "batch.micro_batches": 1}
 TOGETHER = ("loss", "gradient_norm", "texts_cut", "loss_T2I", "loss_Rec", "loss_Uncond")
@@ -41,24 +42,24 @@ def assert_same(found: dict, expected: dict, *, steps: int) -> None:
 
 def test_two_processes_are_stopped_and_go_on_as_one_would(config_of, tmp_path):
     """SIGTERM reaches one of them; both stop after the same step, and the same command goes on."""
-    config = config_of("stage1", **ONE_ARITY, **{"optimizer.steps": 8})
+    config = config_of("stage1", **ONE_ARITY, **{"optimizer.steps": STEPS})
     words = [train_words(config, tmp_path / "two")] * 2
     members = start(words, devices=1)
-    wait_for(1, tmp_path / "two", members)
+    wait_for(tmp_path / "two/run_description.json", members)
     members[1].send_signal(signal.SIGTERM)
     (code, out, error), (other_code, other_out, other_error) = ended(members)
     assert (code, other_code) == (75, 75), error + other_error
-    [stopped] = re.findall(r"stopped at step (\d)/8; the same command goes on from here\n", error)
-    assert f"stopped at step {stopped}/8" in other_error and 1 <= int(stopped) < 8
+    [stopped] = re.findall(rf"stopped at step (\d+)/{STEPS}; the same command goes on", error)
+    assert f"stopped at step {stopped}/{STEPS}" in other_error and 1 <= int(stopped) < STEPS
     # The second says nothing else.
-    assert "step      1/8  loss" in out and other_out == ""
+    assert f"step      1/{STEPS}  loss" in out and other_out == ""
     assert Checkpoints(tmp_path / "two").latest == int(stopped)
 
     for code, _, error in ended(start(words, devices=1)):
         assert code == 0, error
     expected = alone(config, tmp_path / "one", devices=2)
-    assert_same(metrics(tmp_path / "two"), expected, steps=8)
-    a, b = (Checkpoints(tmp_path / name).params(8) for name in ("one", "two"))
+    assert_same(metrics(tmp_path / "two"), expected, steps=STEPS)
+    a, b = (Checkpoints(tmp_path / name).params(STEPS) for name in ("one", "two"))
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5)
 
@@ -99,3 +100,20 @@ def test_processes_that_were_given_different_things(config_of, tmp_path):
         assert code == 2 and "of process 0 is not that of 1" in error
     assert not (own / "checkpoints").exists() and not other.exists()
     assert not list(own.glob(".seen*"))
+
+
+def test_the_sample_to_blame_may_be_of_another_process(monkeypatch):
+    theirs = [[12, "set/b", float("nan")], [13, "set/c", 0.5]]
+    monkeypatch.setattr(loop, "exchange", lambda mine: [json.loads(json.dumps(mine)), theirs])
+    plain = jax.numpy.array([0.5, 0.25, np.nan, 0.5])
+    part = loop._Part(
+        keys=("set/x", "set/a"),
+        numbers=np.array([10, 11], np.uint32),
+        first=10,
+        tasks=plain,
+        cut=plain,
+        losses=plain,
+        plain=plain,
+    )
+    text = loop._blame(loop._Outcome(3, [part], plain[0]), 1.0)
+    assert text.startswith("step 3:") and text.endswith("To blame:\n  sample 12, set/b: loss nan")

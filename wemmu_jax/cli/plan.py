@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
 
     from wemmu_jax.files import write_json
     from wemmu_jax.planning.memory import what_fits
-    from wemmu_jax.planning.plan import plan_stage
+    from wemmu_jax.planning.plan import DoesNotFit, plan_stage
     from wemmu_jax.planning.programs import Library, Setting
     from wemmu_jax.planning.search import search
     from wemmu_jax.planning.table import table, totals
@@ -98,4 +98,4 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         write_json(pathlib.Path(args.json), {"stages": [plan.to_json() for plan in plans]})
     if misfits:
-        raise ValueError("; ".join(misfits))
+        raise DoesNotFit("; ".join(misfits))

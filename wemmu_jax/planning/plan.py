@@ -145,6 +145,10 @@ class StagePlan:
         return dataclasses.asdict(self) | {"times": dataclasses.asdict(self.times)} | derived
 
 
+class DoesNotFit(ValueError):
+    """A stage needs more memory than there is; the message says what would work."""
+
+
 def branches(sizes: WeMMUConfig):
     """How often the branches of the model's conditionals are taken, see `program.Branches`."""
     vision = sizes.vlm.vision
@@ -172,11 +176,12 @@ def plan_stage(
       processes: that compile at once.
 
     Raises:
-      ValueError: the compiler finds a program too large for the chip; says what would fit.
+      DoesNotFit: the weights, or a program beside them, are too large for the compiler.
+      ValueError: mesh, rows and devices do not fit each other, or a program holds what planning cannot read.
     """
     stage, chip = setting.run.trainer.stage, chip_of(setting.devices[0])
     if (weights := sum(resident(setting).values())) > chip.memory:
-        raise ValueError(_misfit(setting, "what lies there all the time", weights, 0, chip))
+        raise DoesNotFit(_misfit(setting, "what lies there all the time", weights, 0, chip))
     torus, taken = Torus.of(setting.devices, chip), branches(setting.sizes)
     predictor = Predictor(torus)
     share_of = shares(setting)
@@ -189,7 +194,7 @@ def plan_stage(
     for key, one in programs.items():
         if one.too_large:
             needed = one.memory["temporaries"]
-            raise ValueError(_misfit(setting, f"{key}: the program", needed, needed, chip))
+            raise DoesNotFit(_misfit(setting, f"{key}: the program", needed, needed, chip))
     predictions = {
         key: predictor.predict(read_program(one.text, taken)) for key, one in programs.items()
     }

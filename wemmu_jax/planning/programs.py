@@ -216,7 +216,10 @@ class Library:
         """Every program of `keys`; only those that are not known yet are compiled, one line printed for each."""
         lowered = {key: setting.lower(key) for key in keys}
         prints = {key: setting.fingerprint(program) for key, program in lowered.items()}
-        missing = {prints[key]: key for key in keys if prints[key] not in self}
+        missing: dict[str, Key] = {}
+        for key, name in prints.items():
+            if name not in self:
+                missing.setdefault(name, key)
         if processes > 1 and len(missing) > 1:
             bare = dataclasses.replace(setting)  # without its devices, which stay in this process
             context = multiprocessing.get_context("spawn")
@@ -238,9 +241,12 @@ class Library:
 
 
 def _compile_into(folder: pathlib.Path, setting: Setting, key: Key, fingerprint: str) -> str:
-    library = Library(folder)
-    library.put(fingerprint, compile_program(setting.lower(key)))
-    return _said(key, library.get(fingerprint))
+    lowered = setting.lower(key)
+    if setting.fingerprint(lowered) != fingerprint:
+        raise RuntimeError(f"another process lowers {key} to another program; try --processes 1")
+    compiled = compile_program(lowered)
+    Library(folder).put(fingerprint, compiled)
+    return _said(key, compiled)
 
 
 def _said(key: Key, compiled: Compiled) -> str:

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Iterator
 
-from wemmu_jax.planning.plan import StagePlan, plan_stage
+from wemmu_jax.planning.chips import GIB
+from wemmu_jax.planning.plan import DoesNotFit, StagePlan, plan_stage
 from wemmu_jax.planning.programs import Library, Setting
 from wemmu_jax.training.curriculum import Remat
 
@@ -12,44 +13,59 @@ BY = "raw_overlapped"  # what is made small
 def search(
     setting: Setting, library: Library, *, processes: int = 1, say: Callable[[str], None] = print
 ) -> tuple[Setting, StagePlan]:
-    """Changes one of the three at a time for as long as the prediction falls. The batch of a step stays.
+    """For each remat policy, changes rows or `fsdp` for as long as the prediction falls. The batch of a step stays.
 
     Args:
-      setting: where to start.
+      setting: where to start; if it does not fit, with fewer rows and then with a wider `fsdp`.
       library: where compiled programs are kept; what has been tried once costs no compilation again.
       processes: that compile at once.
       say: is told each candidate.
 
     Raises:
-      ValueError: nothing that was tried fits.
+      DoesNotFit: nothing that was tried fits.
     """
-    tried: dict[tuple, StagePlan | None] = {}
 
     def plan(candidate: Setting) -> StagePlan | None:
         key = _key(candidate)
         if key not in tried:
             try:
                 found = plan_stage(candidate, library, processes=processes)
-                tried[key] = found if found.spare >= 0 else None
-                why = f"needs {-found.spare / 2**30:.1f} GiB too much"
-            except ValueError as error:
-                tried[key], why = None, str(error)
-            good = tried[key]
-            result = f"{getattr(good.times, BY):.4g} s/step" if good else why
+                result = f"{_seconds(found):.4g} s/step"
+                if found.spare < 0:
+                    found, result = None, f"needs {-found.spare / GIB:.1f} GiB too much"
+            except DoesNotFit as error:
+                found, result = None, str(error)
+            tried[key] = found
             say("rows={}, fsdp={}, remat={}: ".format(*key) + result)
         return tried[key]
 
-    best, moved = (setting, plan(setting)), True
-    while moved:
-        moved = False
-        for candidate in _neighbours(best[0]):
-            found = plan(candidate)
-            if found and (best[1] is None or _seconds(found) < _seconds(best[1])):
-                best, moved = (candidate, found), True
-                break
-    if best[1] is None:
-        raise ValueError(f"{setting.config.name}: nothing near the config fits {setting.topology}")
-    return best
+    tried: dict[tuple, StagePlan | None] = {}
+    ends = [_descend(setting.changed({"model.remat": remat.value}), plan) for remat in Remat]
+    fitting = [end for end in ends if end is not None]
+    if not fitting:
+        raise DoesNotFit(
+            f"{setting.config.name}: no setting that was tried fits {setting.topology}"
+        )
+    return min(fitting, key=lambda end: _seconds(end[1]))
+
+
+def _descend(
+    setting: Setting, plan: Callable[[Setting], StagePlan | None]
+) -> tuple[Setting, StagePlan] | None:
+    """The fastest that steps from `setting` lead to; None if nothing fits on the way."""
+    best = plan(setting)
+    while best is None:
+        smaller = [*_other_rows(setting, less=True), *_other_fsdp(setting, more=True)]
+        if not smaller:
+            return None
+        setting = smaller[0]
+        best = plan(setting)
+    while True:
+        plans = ((candidate, plan(candidate)) for candidate in _neighbours(setting))
+        faster = next((one for one in plans if one[1] and _seconds(one[1]) < _seconds(best)), None)
+        if faster is None:
+            return setting, best
+        setting, best = faster
 
 
 def _seconds(plan: StagePlan) -> float:
@@ -62,16 +78,27 @@ def _key(setting: Setting) -> tuple:
 
 
 def _neighbours(setting: Setting) -> Iterator[Setting]:
-    """The nearest rows on both sides that divide the batch and the mesh, `fsdp` halved and doubled, other policies."""
-    rows, fsdp, remat = _key(setting)
-    batch, devices = rows * setting.config.batch.micro_batches, len(setting.devices)
+    yield from _other_rows(setting, less=True)
+    yield from _other_rows(setting, less=False)
+    yield from _other_fsdp(setting, more=False)
+    yield from _other_fsdp(setting, more=True)
+
+
+def _other_rows(setting: Setting, *, less: bool) -> Iterator[Setting]:
+    """The nearest micro-batch that divides the step's batch and that the devices divide."""
+    rows, devices = setting.config.batch.rows, len(setting.devices)
+    batch = rows * setting.config.batch.micro_batches
     possible = [n for n in range(devices, batch + 1, devices) if batch % n == 0]
-    smaller = [n for n in possible if n < rows][-1:]
-    for other in [*smaller, *[n for n in possible if n > rows][:1]]:
+    nearest = (
+        [n for n in possible if n < rows][-1:] if less else [n for n in possible if n > rows][:1]
+    )
+    for other in nearest:
         yield setting.changed({"batch.rows": other, "batch.micro_batches": batch // other})
-    for other in (fsdp // 2, fsdp * 2):
-        if 1 <= other <= devices and devices % other == 0:
-            yield setting.changed({"mesh.fsdp": other})
-    for other in Remat:
-        if other.value != remat:
-            yield setting.changed({"model.remat": other.value})
+
+
+def _other_fsdp(setting: Setting, *, more: bool) -> Iterator[Setting]:
+    """Half or twice as many parts of the weights."""
+    fsdp, devices = setting.config.mesh.fsdp, len(setting.devices)
+    other = 2 * fsdp if more else fsdp // 2
+    if other and devices % other == 0:
+        yield setting.changed({"mesh.fsdp": other})

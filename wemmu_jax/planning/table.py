@@ -45,8 +45,8 @@ def _head(plan: StagePlan) -> Iterator[str]:
 def _memory(plan: StagePlan) -> Iterator[str]:
     used = sum(plan.memory.values())
     rows = [("memory a device", "GiB")]
-    rows += [(kind, f"{size / GIB:.2f}") for kind, size in plan.memory.items()]
-    rows.append(("in all", f"{used / GIB:.2f}"))
+    rows += [(kind, f"{size / GIB:.3f}") for kind, size in plan.memory.items()]
+    rows.append(("in all", f"{used / GIB:.3f}"))
     yield from _aligned(rows)
     verdict = "fits" if plan.spare >= 0 else "DOES NOT FIT"
     word = "free" if plan.spare >= 0 else "too much"
@@ -83,7 +83,7 @@ def _programs(plan: StagePlan) -> Iterator[str]:
                 one.name,
                 f"{one.runs:.2f}",
                 f"{one.compile_seconds:.0f}",
-                f"{one.beside_arguments / GIB:.2f}",
+                f"{one.beside_arguments / GIB:.3f}",
                 f"{one.prediction.flops / TERA:.4g}",
                 *(f"{value * 1e3:.2f}" for value in seconds),
             )

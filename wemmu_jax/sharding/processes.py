@@ -23,9 +23,7 @@ from wemmu_jax.sharding.meeting import meet
 
 HEARTBEAT = 100  # seconds until a process that was killed is noticed by the others, which then end
 SHUTDOWN = 60  # seconds that a process, at its end, waits for the others to end
-_EXCHANGE = (
-    3600  # seconds between the first and the last to arrive; who died is noticed by its heartbeat
-)
+_EXCHANGE = 3600  # seconds between the first and the last to arrive; weights take long to load
 _calls = itertools.count()
 
 
