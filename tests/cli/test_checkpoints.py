@@ -223,7 +223,7 @@ def test_backbones_of_another_run(refused, copy_of, workdir, tmp_path):
         (["--config.optimizer.step=3"], 'did you mean "steps" instead of "step"?'),
         (["--config.optimizer.steps=many"], "optimizer.steps='many' does not fit"),
         (["--config.optimizer.steps", "2.5"], "expected int, found float"),
-        (["--config.optimizer.steps=0"], "warm-up of 5 steps does not fit in 0 steps"),
+        (["--config.optimizer.steps=0"], "warm-up of 100 steps does not fit in 0 steps"),
         (["--config.loss.kind=mse"], "loss.kind='mse'; expected one of"),
         (["--config.model.bridge.queries=noise"], "queries='noise'; expected one of"),
     ],
@@ -251,7 +251,7 @@ def test_a_workdir_belongs_to_its_config(refused, workdir):
     # Without --init: the workdir knows what its run started from.
     message = refused("train", *CONFIG, "--workdir", workdir, "--config.optimizer.steps=61")
     assert f"{workdir} belongs to another config" in message
-    assert f"optimizer.steps: {STEPS} there, 61 here" in message
+    assert f"optimizer.steps: {STEPS['stage2']} there, 61 here" in message
     assert "init" not in message
     assert before == {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
 
