@@ -112,6 +112,7 @@ def test_the_sample_to_blame_may_be_of_another_process(monkeypatch):
         first=10,
         tasks=plain,
         cut=plain,
+        replaced=plain,
         losses=plain,
         plain=plain,
     )
