@@ -1,4 +1,4 @@
-"""The four stages on the tiny preset and on miniworld: about an hour each on two cores.
+"""The four stages on the tiny preset and on miniworld, sized for two cores.
 
     wemmu train --config configs/tiny.py:stage1 --init CONVERTED --workdir runs/tiny/stage1
 

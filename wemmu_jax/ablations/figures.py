@@ -36,7 +36,7 @@ def maps(path: pathlib.Path, found: Mapping[str, tuple[np.ndarray, Sequence[str]
         len(found), 1, figsize=(8, 1.8 * len(found)), layout="constrained", squeeze=False
     )
     for axes, (name, (attention, groups)) in zip(every[:, 0], found.items(), strict=True):
-        # The first token draws attention to itself whatever it is; without it the rest can be seen.
+        # A few tokens draw much more than all others, which could not be told apart on one scale with them.
         axes.imshow(attention, aspect="auto", vmax=np.quantile(attention, 0.99), cmap="magma")
         for column, (before, group) in enumerate(itertools.pairwise(groups), 1):
             if group != before and group in _LINES:

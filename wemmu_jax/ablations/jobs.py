@@ -179,6 +179,6 @@ def _work(pipe: multiprocessing.connection.Connection, cores: Sequence[int]) -> 
         began, error = time.perf_counter(), ""
         try:
             job.call(**job.arguments)
-        except Exception:
+        except Exception:  # whatever it was, the parent names the job and raises it
             error = traceback.format_exc()
         pipe.send((error, time.perf_counter() - began))

@@ -7,6 +7,7 @@ from configs.ablations import BUDGETS, PHASES
 from wemmu_jax.ablations import work
 from wemmu_jax.ablations.jobs import Job, Ledger
 from wemmu_jax.ablations.studies import Run, study
+from wemmu_jax.evaluation.miniworld import DRAWING_TASKS
 
 
 def jobs(
@@ -45,8 +46,8 @@ def jobs(
     return list(found.values())
 
 
-# Measured, one process on one core of a two-core AMD EPYC machine: samples a second of training by what is trained,
-# pictures a second of grading, and the seconds that a job takes before it begins.
+# Guesses for one core, until jobs of a kind are done: samples of training and pictures of grading a second, and the
+# seconds that a job takes before it begins.
 _SAMPLES, _PICTURES, _START = 25.0, 4.0, 40.0
 
 
@@ -76,7 +77,7 @@ def _guess(job: Job, budget: str) -> float:
         rows = 64 if phase.endswith("-32") else 16
         return _START + limits.steps[phase] * rows / _SAMPLES
     if what == "grade":
-        kinds = {"S-Edit": 6, "T2I": 6, "Rec": 1, "M-Edit": 5}
-        pictures = limits.graded * sum(kinds[task] for task in job.arguments["tasks"])
+        kinds = sum(len(DRAWING_TASKS[task].kinds) for task in job.arguments["tasks"])
+        pictures = limits.graded * kinds
         return _START + pictures * limits.solver_steps / 20 / _PICTURES
     return _START

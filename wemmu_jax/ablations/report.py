@@ -16,7 +16,7 @@ from configs.ablations import BUDGETS, PHASES
 from wemmu_jax.ablations import figures
 from wemmu_jax.ablations.studies import SETTINGS, Run, Study, study
 from wemmu_jax.ablations.work import REQUESTS_SEED
-from wemmu_jax.evaluation.miniworld import cases, show
+from wemmu_jax.evaluation.miniworld import DRAWING_TASKS, cases, show
 from wemmu_jax.training.origin import Origin
 
 NAMES = {
@@ -33,7 +33,6 @@ NAMES = {
     "vit6-distilled": "ViT of 6 layers, distilled",
     "straight": "ViT features straight to the DiT",
 }
-_SHOWN = 6  # pictures of a sheet
 _WINDOW = 50  # steps that a loss curve is the mean of
 
 
@@ -135,8 +134,7 @@ def _queries(one: Study, results: Results) -> str:
         copied = _spread([results.share(run, "S-Edit", "copied") for run in runs])
         others = [_spread([s[task]["overall"] for s in scores]) for task in ("T2I", "Rec")]
         rows.append([NAMES[arm], *edits, copied, *others])
-    path, shown = results.figure("queries")
-    _edits_sheet(path, [Run(arm, 0, "stage3") for arm in arms], results)
+    shown = _sheet("queries", "S-Edit", [Run(arm, 0, "stage3") for arm in arms], results)
     seeds = len(one.runs) // len(arms)
     note = (
         f"Mean and standard deviation over {seeds} seeds; `copied`: the source came back unchanged."
@@ -144,16 +142,18 @@ def _queries(one: Study, results: Results) -> str:
     return f"{table(['queries', *kinds, 'copied', 'T2I', 'Rec'], rows)}\n\n{note}\n\n{shown}"
 
 
-def _edits_sheet(path: pathlib.Path, runs: Sequence[Run], results: Results) -> None:
-    kinds = [kind for kind in results.scores(runs[0])["S-Edit"] if kind != "overall"]
+def _sheet(name: str, task: str, runs: Sequence[Run], results: Results) -> str:
+    """What each run drew of the first request of each kind, beside sources and target; the Markdown that shows it."""
+    path, shown = results.figure(name)
     rows = []
-    for kind in kinds[:_SHOWN]:
-        (case,) = cases("S-Edit", kind, count=1, seed=REQUESTS_SEED)
-        drawn = [results.picture(run, "S-Edit", kind, 0) for run in runs]
-        side = drawn[0].height
-        rows.append((case.text, [show(case.sources[0], side), show(case.target, side), *drawn]))
-    heads = ["source", "wanted", *(f"{run.arm} {run.phase}" for run in runs)]
-    figures.sheet(path, heads, rows)
+    for kind in DRAWING_TASKS[task].kinds:
+        (case,) = cases(task, kind, count=1, seed=REQUESTS_SEED)
+        drawn = [results.picture(run, task, kind, 0) for run in runs]
+        given = [show(scene, drawn[0].height) for scene in (*case.sources, case.target)]
+        rows.append((case.text, [*given, *drawn]))
+    sources = [f"source {number}" for number in range(1, len(case.sources) + 1)]
+    figures.sheet(path, [*sources, "wanted", *(f"{r.arm} {r.phase}" for r in runs)], rows)
+    return shown
 
 
 def _edit_row(run: Run, results: Results) -> list[float]:
@@ -174,9 +174,8 @@ def _collapse(one: Study, results: Results) -> str:
         "edits-new-queries": "the same with new queries",
     }
     rows = [[NAMES[r.arm], meant[r.phase], *_edit_row(r, results)] for r in one.runs]
-    path, shown = results.figure("collapse")
     compared = [run for run in one.runs if run.phase in ("edits", "joint2")]
-    _edits_sheet(path, compared, results)
+    shown = _sheet("collapse", "S-Edit", compared, results)
     return f"{table(['queries', 'trained on', *_EDIT_HEADS], rows)}\n\n{shown}"
 
 
@@ -188,20 +187,9 @@ def _several(one: Study, results: Results) -> str:
         rows.append([NAMES[arm], after["M-Edit"]["overall"], *pairs])
     heads = ["queries", "compositions after"]
     heads += [f"{task} {when}" for task in ("T2I", "edits", "Rec") for when in ("before", "after")]
-    path, shown = results.figure("several")
-    _compositions_sheet(path, [run for run in one.runs if run.phase == "stage4"], results)
+    after = [run for run in one.runs if run.phase == "stage4"]
+    shown = _sheet("several", "M-Edit", after, results)
     return f"{table(heads, rows)}\n\n{shown}"
-
-
-def _compositions_sheet(path: pathlib.Path, runs: Sequence[Run], results: Results) -> None:
-    kinds = [kind for kind in results.scores(runs[0])["M-Edit"] if kind != "overall"]
-    rows = []
-    for kind in kinds[:_SHOWN]:
-        (case,) = cases("M-Edit", kind, count=1, seed=REQUESTS_SEED)
-        drawn = [results.picture(run, "M-Edit", kind, 0) for run in runs]
-        given = [show(scene, drawn[0].height) for scene in (*case.sources, case.target)]
-        rows.append((case.text, [*given, *drawn]))
-    figures.sheet(path, ["first", "second", "wanted", *(run.arm for run in runs)], rows)
 
 
 def _attention(one: Study, results: Results) -> str:
@@ -233,13 +221,9 @@ def _curves(name: str, runs: Sequence[Run], field: str, label: str, results: Res
     lines = {}
     for run in runs:
         steps, values = results.curve(run, field)
-        lines[_label(run)] = (steps, figures.smoothed(values, window=_WINDOW))
+        lines[f"{run.arm} {run.phase}"] = (steps, figures.smoothed(values, window=_WINDOW))
     figures.curves(path, lines, label=label)
     return shown
-
-
-def _label(run: Run) -> str:
-    return f"{run.arm} {run.phase}"
 
 
 def _last(run: Run, field: str, results: Results) -> float:
