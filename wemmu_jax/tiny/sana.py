@@ -129,7 +129,7 @@ def recipe(root: pathlib.Path, *, seed: int, steps: int) -> Recipe:
     """Flow matching on the latents of drawn scenes."""
     config = WeMMUConfig.from_folder(root, BridgeConfig(**BRIDGE))
     rows = RowEncoder.load(root, config).sized([config.query_grid(*s) for s in SIZES], multiple=4)
-    painter = _Painter(WeMMUModel(config, dtype=jnp.float32), rows)
+    painter = _Painter(WeMMUModel(config, dtype=jnp.float32, remat="full"), rows)
     frozen = {"dc_ae": load_backbone(DC_AE, root)}
 
     def loss(params: Mapping, frozen: Mapping, batch: Mapping, key: jax.Array):

@@ -1,0 +1,76 @@
+"""Every study's section, of runs whose model copies the first source: what the tables must say is known."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from tests.evaluation.test_miniworld import Copier
+from wemmu_jax.ablations.report import Results, report
+from wemmu_jax.ablations.studies import STUDIES, study
+from wemmu_jax.ablations.work import REQUESTS_SEED
+from wemmu_jax.evaluation.miniworld import evaluate
+
+BUDGET = "smoke"
+# The two others read weights and attention of real runs.
+GRADED = tuple(name for name in STUDIES if name not in ("stream", "attention"))
+TASKS = ("T2I", "Rec", "S-Edit", "M-Edit")
+
+
+def write_run(out, run, tasks) -> None:
+    """The grades and the metrics of a run."""
+    if tasks:
+        evaluate(Copier(), out / f"grades/{run}", count=1, seed=REQUESTS_SEED, steps=1, tasks=tasks)
+    folder = out / f"runs/{run}"
+    folder.mkdir(parents=True)
+    # The third step twice: the run was killed and went on.
+    losses = ((1, 5.0), (2, 4.0), (3, 9.0), (3, 3.0))
+    lines = [
+        {"step": s, "train/loss": x, **{f"train/loss_{t}": x for t in TASKS}} for s, x in losses
+    ]
+    lines += [{"step": 3, **{f"validation/{task}": 2.5 for task in TASKS}}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ablations")
+    graded = {}
+    for name in GRADED:
+        one = study(name, budget=BUDGET)
+        for run in one.runs:
+            tasks = graded.setdefault(run, [])
+            tasks += [task for task in one.graded.get(run, ()) if task not in tasks]
+    for run, tasks in graded.items():
+        write_run(folder / BUDGET, run, tasks)
+    return Results(folder, BUDGET, folder / "docs/miniworld")
+
+
+def rows_of(section: str) -> list[dict[str, str]]:
+    """The lines of the section's table, by the table's heads."""
+    lines = [line for line in section.splitlines() if line.startswith("| ")]
+    heads, _, *rows = [[cell.strip() for cell in line[1:-1].split(" | ")] for line in lines]
+    return [dict(zip(heads, row, strict=True)) for row in rows]
+
+
+@pytest.mark.parametrize("name", GRADED)
+def test_a_section_has_a_row_for_each_run_and_its_pictures(name, results):
+    section, one = report(name, results), study(name, budget=BUDGET)
+    arms = len({run.arm for run in one.runs})
+    assert len(rows_of(section)) == (arms if name in ("queries", "several") else len(one.runs))
+    for row in rows_of(section):
+        assert row.get("copied", "1.000") == "1.000" and row.get("Rec after", "1.000") == "1.000"
+        assert row.get("edits right", "0.000") == row.get("overall", "0.000") == "0.000"
+        for head, cell in row.items():
+            assert not head.startswith("validation") or cell == "2.500"
+    shown = [line for line in section.splitlines() if line.startswith("![")]
+    assert shown
+    for line in shown:
+        path = results.pictures.parent / line.partition("(")[2].rstrip(")")
+        assert Image.open(path).width > 300
+    assert f"Budget `{BUDGET}`" in section
+
+
+def test_a_step_that_ran_twice_counts_once(results):
+    run = study("vit", budget=BUDGET).runs[0]
+    assert results.curve(run, "train/loss") == ([1, 2, 3], [5.0, 4.0, 3.0])
