@@ -1,6 +1,7 @@
 """The comparison with torch, at a size of seconds: parity of every row, what is timed, what is written."""
 
 import dataclasses
+import pathlib
 
 import jax
 import numpy as np
@@ -184,6 +185,14 @@ def test_only_the_marked_section_is_written(tmp_path):
     assert text.endswith("\n<!-- end cpu -->\n## B\n") and "| T2I | failed, code 1: why |" in text
     with pytest.raises(ValueError, match="expected the marks <!-- begin gpu-512 -->"):
         write_section(page, "gpu-512", "")
+
+
+def test_the_page_has_room_for_every_table(tmp_path):
+    page = tmp_path / "performance.md"
+    page.write_text((pathlib.Path(__file__).parents[2] / "docs/performance.md").read_text())
+    for sizes in (CPU, GPU_512, GPU_1024):
+        write_section(page, sizes.name, f"results of {sizes.name}")
+        assert f"results of {sizes.name}" in page.read_text()
 
 
 def test_the_command(tmp_path, capsys):
