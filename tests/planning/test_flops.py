@@ -43,6 +43,8 @@ def near(value: float):
         (flops.encode_flops(MODEL.dc_ae, 576, 576), 1.64),
         (flops.encode_flops(MODEL.dc_ae, 1024, 1024), 5.18),
         (flops.encode_flops(MODEL.dc_ae, 1184, 1184), 6.92),
+        (flops.decode_flops(MODEL.dc_ae, 512, 512), 2.09),
+        (flops.decode_flops(MODEL.dc_ae, 1024, 1024), 8.37),
     ],
 )
 def test_forward_passes(found, printed):

@@ -113,6 +113,8 @@ def test_the_sample_to_blame_may_be_of_another_process(monkeypatch):
         tasks=plain,
         cut=plain,
         replaced=plain,
+        tokens=plain,
+        teraflops=plain,
         losses=plain,
         plain=plain,
     )

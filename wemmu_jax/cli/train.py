@@ -27,6 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="converted weights, or the workdir of the stage before; a resumed run knows its own",
     )
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="trace a few steps with the JAX profiler, after some that warm up, into DIR/profile",
+    )
     several = parser.add_argument_group(
         "several processes", "found out on TPU pods and under Slurm; elsewhere all three are needed"
     )
@@ -55,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
     config = load_config(args.config, args.overrides)
     init = args.init or config.init or _known_init(pathlib.Path(args.workdir))
     config.init = str(pathlib.Path(init).absolute()) if init else ""
-    train(config, args.workdir)
+    train(config, args.workdir, profile=args.profile)
 
 
 def _known_init(workdir: pathlib.Path) -> str:

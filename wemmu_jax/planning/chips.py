@@ -1,4 +1,5 @@
-"""What is known of the kinds of TPU. Every number is of one JAX device: a whole chip, on TPU7x half of one.
+"""What is known of the kinds of TPU, and of GPUs their peak. Every number is of one JAX device: a whole chip, on
+TPU7x half of one.
 
 Sources. Peak, HBM, ICI and DCN: the kinds' pages in Google's Cloud TPU documentation. They print ICI as the sum over
 all links and both directions; here it is one link, one way. Where a page has no DCN: v5e the pod's 6.4 Tb/s over 256
@@ -61,3 +62,20 @@ def chip_of(device: jax.Device) -> Chip:
             f"nothing is known of the speed of {device.device_kind!r}; known: {sorted(CHIPS)}"
         )
     return CHIPS[device.device_kind]
+
+
+# bfloat16 FLOP/s of GPUs, dense, by what their kind begins with; NVIDIA's data sheets.
+_GPU_PEAKS = {
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100": 989.5e12,
+    "NVIDIA H200": 989.5e12,
+    "NVIDIA B200": 2250e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """bfloat16 FLOP/s that a device can do at most; None where nobody says, as of CPUs."""
+    if device_kind in CHIPS:
+        return CHIPS[device_kind].peak
+    return next((peak for kind, peak in _GPU_PEAKS.items() if device_kind.startswith(kind)), None)

@@ -87,12 +87,25 @@ def encode_flops(config: DCAEConfig, height: int, width: int) -> float:
         else:
             places /= 4
             total += places * 9 * before * stage.width
-        total += stage.layers * places * _encoder_block(config, stage, places)
+        total += stage.layers * places * _dc_ae_block(config, stage, places)
         before = stage.width
     return 2.0 * (total + places * 9 * before * config.latent_channels)
 
 
-def _encoder_block(config: DCAEConfig, stage, places: float) -> float:
+def decode_flops(config: DCAEConfig, height: int, width: int) -> float:
+    """The DC-AE's decoder, to a picture of height x width pixels."""
+    places, finer = float(height * width), None
+    total = places * 9 * 3 * config.decoder[0].width
+    for stage in config.decoder:
+        if finer is not None:
+            total += places * 9 * stage.width * finer
+            places /= 4
+        total += stage.layers * places * _dc_ae_block(config, stage, places)
+        finer = stage.width
+    return 2.0 * (total + places * 9 * config.latent_channels * finer)
+
+
+def _dc_ae_block(config: DCAEConfig, stage, places: float) -> float:
     """Multiply-adds a place."""
     if stage.kind is BlockKind.RES:
         return 18 * stage.width**2

@@ -32,27 +32,31 @@ from wemmu_jax.training.checkpoints import (
     only_run,
 )
 from wemmu_jax.training.metrics import Progress, task_means
+from wemmu_jax.training.profile import Profiler
 from wemmu_jax.training.run import Run, describe, prepare
 from wemmu_jax.training.samples import draw_samples
 from wemmu_jax.training.state import TrainState
+from wemmu_jax.training.throughput import ASIDE, Stopwatch, Work, row_work
 
 _VISIBLE = 90  # seconds until what one host writes is seen by all; NFS may remember for a minute what was not there
 _TASKS = list(Task)
 
 
-def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> None:
+def train(
+    config: ml_collections.ConfigDict, workdir: str | pathlib.Path, *, profile: bool = False
+) -> None:
     """Runs a stage in `workdir` to its last step, from its latest checkpoint if there is one.
 
     Of several processes (see `sharding.processes.join`) all call it alike. The first one writes; the weights, the
-    data and the workdir must lie where all see them.
+    data and the workdir must lie where all see them. With `profile` a few steps are traced, see `Profiler`.
 
     Raises:
       InterruptedError: SIGTERM, as a preemption sends it to any of the processes, ended the run after the step at
         hand; its state was saved.
       FloatingPointError: a loss or gradient was not finite; names the step and the samples. The latest
         checkpoint is that of the step before.
-      FileNotFoundError, ValueError: see `prepare`, `claim_workdir` and `only_run`; or the processes were given
-        different things.
+      FileNotFoundError, ValueError: see `prepare`, `claim_workdir`, `only_run` and `Profiler`; or the processes
+        were given different things.
     """
     workdir = pathlib.Path(workdir)
     _check_alike("configs", json.loads(config.to_json()))
@@ -80,13 +84,19 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> Non
             writes=is_first(),
         )
         stack.enter_context(contextlib.closing(progress))
+        profiler = None
+        if profile:
+            profiler = Profiler(
+                workdir / "profile", start=int(state.step), steps=run.stage.optimizer.steps
+            )
+            stack.enter_context(contextlib.closing(profiler))
         ledger = Ledger(
             workdir / f"ledger/{jax.process_index():05}.jsonl", share=config.data.bad_share
         )
         held_out = run.held_out.feeds if run.held_out else ()
         if is_first() and (bad := ledger.note_indexed([*run.data.feeds, *held_out])):
             say(f"{bad} records are left out, see {workdir / 'ledger'}")
-        _run_steps(run, state, checkpoints, progress, ledger, stop, workdir)
+        _run_steps(run, state, checkpoints, progress, ledger, stop, workdir, profiler)
 
 
 def _announce(run: Run, workdir: pathlib.Path) -> None:
@@ -172,6 +182,7 @@ class _Part:
       tasks: int32[B] over all processes, places in `_TASKS`.
       cut: bool[B] over all processes, rows with a text past the limit.
       replaced: int32[B] over all processes; the sum is the number of records that could not be used.
+      tokens, teraflops: int32[B] and float32[B] over all processes, see `Work`.
       losses, plain: float32[B] over all processes, see `row_losses`.
     """
 
@@ -181,6 +192,8 @@ class _Part:
     tasks: jax.Array
     cut: jax.Array
     replaced: jax.Array
+    tokens: jax.Array
+    teraflops: jax.Array
     losses: jax.Array
     plain: jax.Array
 
@@ -202,6 +215,7 @@ def _run_steps(
     ledger: Ledger,
     stop: StopOnSignal,
     workdir: pathlib.Path,
+    profiler: Profiler | None,
 ) -> None:
     start, steps, every = int(state.step), run.stage.optimizer.steps, run.config.every
     workers, threads = run.config.data.workers, run.config.data.threads
@@ -215,11 +229,16 @@ def _run_steps(
         for held_out in run.validation_batches.values():
             ledger.note(held_out)
     # Also after a resume: a run that was stopped at this step has saved it and not looked at it.
-    _look(run, state, start, progress, workdir)
+    with progress.stopwatch.timed(ASIDE):
+        _look(run, state, start, progress, workdir)
     running: collections.deque[_Outcome] = collections.deque()
     try:
         for step in range(start + 1, steps + 1):
-            state, outcome = _step(run, state, step, micro_batches, ledger)
+            if profiler:
+                profiler.before(step, state)
+            state, outcome = _step(run, state, step, micro_batches, ledger, progress.stopwatch)
+            if profiler:
+                profiler.after(step, state)
             running.append(outcome)
             stopping = stop.after(step)
             save = stopping or _due(step, every.checkpoint, steps)
@@ -228,12 +247,14 @@ def _run_steps(
             while len(running) > (0 if wait else 1):
                 _report(running.popleft(), progress, line=every.log)
             if save:
-                checkpoints.save(state)
+                with progress.stopwatch.timed(ASIDE):
+                    checkpoints.save(state)
             if stopping:
                 raise InterruptedError(
                     f"stopped at step {step}/{steps}; the same command goes on from here"
                 )
-            _look(run, state, step, progress, workdir)
+            with progress.stopwatch.timed(ASIDE):
+                _look(run, state, step, progress, workdir)
         while running:
             _report(running.popleft(), progress, line=every.log)
     except BaseException as error:
@@ -250,11 +271,13 @@ def _step(
     step: int,
     micro_batches: Iterator[MicroBatch],
     ledger: Ledger,
+    stopwatch: Stopwatch,
 ) -> tuple[TrainState, _Outcome]:
     """Dispatches optimizer step `step`."""
     gradients, parts = run.trainer.zero_gradients(), []
     for _ in range(run.stage.micro_batches):
-        micro_batch = next(micro_batches)
+        with stopwatch.timed("data"):
+            micro_batch = next(micro_batches)
         gradients, losses, plain = run.trainer.accumulate(
             gradients, state.params, run.frozen, run.batch(micro_batch)
         )
@@ -262,6 +285,7 @@ def _step(
         replaced = np.zeros(len(tasks), np.int32)
         replaced[0] = ledger.note(micro_batch)
         rows = {"tasks": tasks, "cut": micro_batch.arrays["cut"], "replaced": replaced}
+        rows |= row_work(run.trainer.model.config, run.learns, micro_batch)
         rows = on_every_process(rows, run.trainer.mesh)
         parts.append(
             _Part(
@@ -311,8 +335,9 @@ def validate(run: Run, params: Mapping) -> dict[str, float]:
 
 def _report(outcome: _Outcome, progress: Progress, *, line: int) -> None:
     """Records a step, and prints it every `line` steps; or stops the run over it."""
-    losses = np.concatenate([np.asarray(part.losses) for part in outcome.parts])
-    norm = float(outcome.norm)
+    with progress.stopwatch.timed("device"):
+        losses = np.concatenate([np.asarray(part.losses) for part in outcome.parts])
+        norm = float(outcome.norm)
     if not (np.isfinite(losses).all() and np.isfinite(norm)):
         raise FloatingPointError(_blame(outcome, norm))
     values = {"loss": float(np.mean(losses)), "gradient_norm": norm}
@@ -321,9 +346,12 @@ def _report(outcome: _Outcome, progress: Progress, *, line: int) -> None:
     values |= {f"loss_{task}": loss for task, loss in task_means(tasks, plain).items()}
     values["texts_cut"] = sum(int(np.count_nonzero(part.cut)) for part in outcome.parts)
     values["records_replaced"] = sum(int(np.sum(part.replaced)) for part in outcome.parts)
-    progress.step(
-        outcome.step, values, line=outcome.step == 1 or (line > 0 and outcome.step % line == 0)
+    work = Work(
+        tokens=sum(int(np.sum(part.tokens)) for part in outcome.parts),
+        teraflops=sum(float(np.sum(part.teraflops)) for part in outcome.parts),
     )
+    shown = outcome.step == 1 or (line > 0 and outcome.step % line == 0)
+    progress.step(outcome.step, values, line=shown, work=work)
 
 
 def _blame(outcome: _Outcome, norm: float) -> str:

@@ -4,11 +4,12 @@ import collections
 import contextlib
 import json
 import pathlib
-import time
 from collections.abc import Mapping
 
 import numpy as np
 from tensorboardX import SummaryWriter
+
+from wemmu_jax.training.throughput import Stopwatch, Work
 
 
 def clock(seconds: float) -> str:
@@ -42,6 +43,7 @@ class Progress:
 
     Attributes:
       validated: the steps whose validation losses were written when this run began.
+      stopwatch: times what a step waits for, and what is none of its time.
     """
 
     def __init__(self, workdir: pathlib.Path, *, steps: int, batch: int, start: int, writes: bool):
@@ -50,24 +52,29 @@ class Progress:
         self.validated = _validated(workdir / "metrics.jsonl")
         self._writer = SummaryWriter(folder, purge_step=start + 1) if writes else None
         self._lines = (workdir / "metrics.jsonl").open("a") if writes else None
-        self._steps, self._batch = steps, batch
-        self._window = collections.deque([(start, time.perf_counter())], maxlen=21)
+        self._steps = steps
+        self.stopwatch = Stopwatch(batch=batch, start=start)
 
-    def step(self, step: int, values: Mapping[str, float], *, line: bool) -> None:
-        """Records the metrics of optimizer step `step`; prints them if `line`."""
-        self._window.append((step, time.perf_counter()))
-        (first, began), (last, now) = self._window[0], self._window[-1]
-        speed = (last - first) / max(now - began, 1e-9)
-        left = (self._steps - step) / speed if speed else float("inf")
-        values = {**values, "samples_per_second": speed * self._batch, "seconds_left": left}
+    def step(
+        self, step: int, values: Mapping[str, float], *, line: bool, work: Work | None = None
+    ) -> None:
+        """Records the metrics of optimizer step `step`, which did `work`; prints them if `line`."""
+        speeds = self.stopwatch.lap(step, work or Work())
+        left = (self._steps - step) / speeds.pop("steps_per_second")
+        values = {**values, **speeds, "seconds_left": left}
         self.write(step, {f"train/{name}": value for name, value in values.items()})
         if line and self._writer:
-            print(
-                f"step {step:>6}/{self._steps}  loss {values['loss']:.4f}  "
-                f"grad norm {values['gradient_norm']:.3f}  "
-                f"{values['samples_per_second']:.1f} samples/s  {clock(left)} left",
-                flush=True,
-            )
+            parts = [
+                f"step {step:>6}/{self._steps}",
+                f"loss {values['loss']:.4f}",
+                f"grad norm {values['gradient_norm']:.3f}",
+                f"{values['samples_per_second']:.1f} samples/s",
+            ]
+            if "mfu" in values:
+                parts.append(f"MFU {values['mfu']:.1%}")
+            if "data_seconds" in values:
+                parts.append(f"data {values['data_seconds'] / values['step_seconds']:.0%}")
+            print("  ".join([*parts, f"{clock(left)} left"]), flush=True)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Scalars into TensorBoard and the JSONL file."""

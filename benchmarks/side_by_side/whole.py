@@ -1,0 +1,403 @@
+"""Rows of the whole: a training step of the DiT, pictures end to end, training steps of stages 1 and 2."""
+
+import contextlib
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import torch
+
+from benchmarks.side_by_side.inputs import normal, pictures, prompt, source
+from benchmarks.side_by_side.pair import Pair, compiled, on_device, recomputed
+from benchmarks.side_by_side.parts import ROUNDED, RUNGS, on_torch
+from benchmarks.side_by_side.reference import PARTS, Modules
+from benchmarks.side_by_side.timing import Row, Side
+from wemmu_jax.data.buckets import Bucket
+from wemmu_jax.diffusion.flow import TIMESTEPS, TimeLaw, draw_flow_noise, draw_sigma
+from wemmu_jax.diffusion.guidance import Branch, Guidance, edit_guidance, request_guidance
+from wemmu_jax.diffusion.losses import partners
+from wemmu_jax.inference.sampling import Canvas, Sampler, SolverSettings
+from wemmu_jax.models.wemmu.batch import Sources
+from wemmu_jax.models.wemmu.queries import draw_noise
+from wemmu_jax.planning import flops
+from wemmu_jax.rng import Stream, per_sample, stream_key
+from wemmu_jax.sharding.mesh import make_mesh
+from wemmu_jax.training.batch import TrainBatch
+from wemmu_jax.training.curriculum import (
+    ALL_BUT_VLM_LEARN,
+    BRIDGE_LEARNS,
+    FreezeRule,
+    Loss,
+    Stage,
+)
+from wemmu_jax.training.optimizer import OptimizerConfig, make_optimizer, split
+from wemmu_jax.training.state import TrainState
+from wemmu_jax.training.step import Trainer
+
+OPTIMIZER = OptimizerConfig(learning_rate=1e-4, warmup=0, steps=1000)
+CONTRAST = 0.05
+BRIDGE = frozenset({"expert", "vae_linear", "position_mlp"})
+STEP_TOLERANCE = 5e-5  # of a loss and of a gradient's norm, float32
+
+
+def _step_tolerance(pair: Pair) -> float:
+    return STEP_TOLERANCE if pair.sizes.dtype == "float32" else ROUNDED
+
+
+class TorchOptimizer:
+    """AdamW as `make_optimizer` has it, around the modules that learn."""
+
+    def __init__(self, modules: list[torch.nn.Module]):
+        named = [item for module in modules for item in module.named_parameters()]
+        self.parameters = [parameter for _, parameter in named]
+        matrices = [p for name, p in named if p.ndim >= 2 and "table" not in name]
+        others = [p for name, p in named if p.ndim < 2 or "table" in name]
+        self._adamw = torch.optim.AdamW(
+            [
+                {"params": matrices, "weight_decay": OPTIMIZER.weight_decay},
+                {"params": others, "weight_decay": 0.0},
+            ],
+            lr=OPTIMIZER.learning_rate,
+            betas=(OPTIMIZER.b1, OPTIMIZER.b2),
+            fused=True,
+        )
+
+    def step(self, loss: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Backward pass and update; returns the loss and the gradient's norm."""
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, OPTIMIZER.clip)
+        self._adamw.step()
+        self._adamw.zero_grad(set_to_none=True)
+        return loss.detach(), norm
+
+
+def _mixed(pair: Pair) -> contextlib.AbstractContextManager:
+    """What learns is float32; its products run in the compute type."""
+    return torch.autocast(
+        pair.sizes.device, dtype=torch.bfloat16, enabled=pair.sizes.dtype == "bfloat16"
+    )
+
+
+def _moves(pair: Pair, modules: list[torch.nn.Module], learns: list[torch.nn.Module]):
+    """(start, stop, optimizers) of torch's side: modules go to the device, with a fresh optimizer, and back."""
+    optimizers = []
+
+    def start():
+        for module in modules:
+            module.to(pair.sizes.device)
+        optimizers.append(TorchOptimizer(learns))
+
+    def stop():
+        optimizers.clear()
+        if pair.sizes.apart:
+            for module in modules:
+                module.to("cpu")
+
+    return start, stop, optimizers
+
+
+# -- the DiT alone
+
+
+def dit_training(pair: Pair) -> Row:
+    """A step of Sana: velocity, mean square, gradient, AdamW."""
+    pair = dataclasses.replace(pair, learns=frozenset({"dit"}))
+    sizes, config = pair.sizes, pair.config.dit
+    side, rows = sizes.side // pair.config.dc_ae.ratio, sizes.rows
+    queries = sizes.grid[0] * sizes.grid[1]
+    latents, target = (normal(rows, side, side, config.in_channels, seed=i) for i in (1, 2))
+    condition = normal(rows, queries, config.caption_channels, seed=3)
+    times = normal(rows, seed=4) * 100 + 500
+    optimizer, host = make_optimizer(OPTIMIZER), pair.params("dit")["dit"]
+    valid = jnp.ones((rows, queries), bool)
+    given = jnp.asarray(latents), jnp.asarray(times), jnp.asarray(condition, sizes.dtype), valid
+
+    def step(state: TrainState, target, *given):
+        def loss(params):
+            velocity = pair.model.dit.apply({"params": params}, *given)
+            return jnp.mean(jnp.square(velocity - target))
+
+        value, gradient = jax.value_and_grad(loss)(state.params)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, opt_state, None), (
+            value,
+            optax.global_norm(gradient),
+        )
+
+    program, held = jax.jit(step, donate_argnums=0), {}
+
+    def start():
+        held["state"] = TrainState.create(on_device(host), optimizer, ema=False)
+
+    def ours():
+        held["state"], outputs = program(held["state"], target, *given)
+        return outputs
+
+    learns = [pair.dit]
+    load, drop, optimizers = _moves(pair, learns, learns)
+    noisy = on_torch(pair, latents.transpose(0, 3, 1, 2))
+    wanted = torch.from_numpy(target.transpose(0, 3, 1, 2).copy()).to(sizes.device)
+    words, at = on_torch(pair, condition), torch.from_numpy(times).to(sizes.device)
+
+    def theirs(module):
+        with _mixed(pair):
+            velocity = module(noisy, encoder_hidden_states=words, timestep=at).sample
+        return optimizers[-1].step((velocity.float() - wanted).square().mean())
+
+    made = {"eager": pair.dit, "compiled": compiled(pair.dit, sizes)}
+    if sizes.remat:
+        made = {rung: recomputed(module) for rung, module in made.items()}
+    return Row(
+        ours=Side(ours, start, held.clear),
+        theirs={n: Side(functools.partial(theirs, made[n]), load, drop) for n in RUNGS},
+        compared=lambda ours, theirs: list(zip(ours, theirs, strict=True)),
+        tolerance=_step_tolerance(pair),
+        flops=3 * rows * flops.dit_flops(config, side * side, queries),
+        apart=True,
+    )
+
+
+# -- pictures
+
+BLANK_TEXT, SHORT_TEXT = 24, 32  # tokens of the empty and of the reconstruction prompt
+SEED = 3
+
+
+def text_to_image(pair: Pair) -> Row:
+    """Words to pixels."""
+    return _drawing(pair, request_guidance(4.0))
+
+
+def edit(pair: Pair) -> Row:
+    """Words and a picture to pixels."""
+    return _drawing(pair, edit_guidance(image=2.0, edit=3.0), sources=True)
+
+
+def _drawing(pair: Pair, guidance: Guidance, *, sources: bool = False) -> Row:
+    sizes, config = pair.sizes, pair.config
+    rows, grid, ratio = sizes.pictures, sizes.grid, config.dc_ae.ratio
+    text = {
+        Branch.NOTHING: BLANK_TEXT,
+        Branch.SOURCE: SHORT_TEXT,
+        Branch.REQUEST: sizes.text_tokens,
+    }
+    prompts = {
+        branch: prompt(
+            sizes,
+            rows=rows,
+            text=min(text[branch], sizes.text_tokens),
+            sources=int(sources and branch is not Branch.NOTHING),
+            seed=i,
+        )
+        for i, branch in enumerate(guidance.branches)
+    }
+    given = source(sizes, rows) if sources else None
+    names = [name for name in PARTS if sources or name not in ("vision", "vae_linear")]
+    params, sampler = on_device(pair.params(*names)), Sampler(pair.model)
+    numbers = jnp.arange(rows, dtype=jnp.uint32)
+    # Texts are padded as `WeMMU` pads them, so that few programs are compiled.
+    padding = {branch: sizes.text_tokens - min(text[branch], sizes.text_tokens) for branch in text}
+    own = {branch: on_device(p.ours(p.length + padding[branch])) for branch, p in prompts.items()}
+    images = on_device(given.packed) if sources else None
+    pixels = jnp.asarray(given.pixels) if sources else None
+
+    def ours():
+        latents = (sampler.encode(params, pixels),) if sources else ()
+        branches = []
+        for branch, p in prompts.items():
+            has = sources and branch is not Branch.NOTHING
+            branches.append((own[branch], Sources(images, p.place, latents) if has else None))
+        return sampler(
+            params,
+            branches,
+            guidance=guidance,
+            canvas=Canvas(sizes.side, sizes.side, grid, grid[0] * grid[1]),
+            settings=SolverSettings(steps=sizes.solver_steps),
+            seed=SEED,
+            numbers=numbers,
+        )
+
+    queries = np.array(draw_noise(SEED, numbers, grid=grid, width=pair.model.width))
+    shape = (sizes.side // ratio, sizes.side // ratio, config.dit.in_channels)
+    key = stream_key(SEED, Stream.SAMPLER)
+    noise = per_sample(key, numbers, lambda k: jax.random.normal(k, shape, jnp.float32))
+    noise = torch.from_numpy(np.array(noise)).permute(0, 3, 1, 2).contiguous().to(sizes.device)
+    weights = [weight for _, weight in guidance.weights]
+
+    @torch.no_grad()
+    def theirs(modules: Modules):
+        latents = modules.to_latents(given.pixels) if sources else None
+        conditions = []
+        for branch, p in prompts.items():
+            seen = given if branch is not Branch.NOTHING else None
+            cache = modules.read(p, seen, latents)
+            conditions.append(modules.write(p, cache, modules.tensor(queries)))
+        drawn = modules.solve(torch.cat(conditions), noise, weights, sizes.solver_steps)
+        return modules.to_pixels(drawn)
+
+    made = {rung: Modules.of(pair, rung, sources=sources) for rung in RUNGS}
+    return Row(
+        ours=Side(ours),
+        theirs={rung: Side(functools.partial(theirs, made[rung])) for rung in RUNGS},
+        compared=lambda ours, theirs: [(ours, theirs)],
+        # Pixels are whole numbers; guidance amplifies what rounding does to a velocity.
+        tolerance=5e-4 if sizes.dtype == "float32" else 0.2,
+        flops=rows * _drawing_flops(pair, [p.length for p in prompts.values()], sources),
+    )
+
+
+def _drawing_flops(pair: Pair, lengths: list[int], sources: bool) -> float:
+    sizes, config = pair.sizes, pair.config
+    tokens, side = sizes.grid[0] * sizes.grid[1], sizes.side // config.dc_ae.ratio
+    text = config.vlm.text
+    total = flops.decode_flops(config.dc_ae, sizes.side, sizes.side)
+    total += sizes.solver_steps * len(lengths) * flops.dit_flops(config.dit, side**2, tokens)
+    for length in lengths:
+        total += sum(flops.prefill_flops(text, length))
+        total += flops.expert_flops(text, tokens, length)
+        total += flops.position_mlp_flops(config, tokens)
+    if sources:
+        total += (len(lengths) - 1) * flops.vision_flops(config.vlm.vision, tokens)
+        read = [side * config.dc_ae.ratio for side in sizes.grid]
+        total += flops.encode_flops(config.dc_ae, *read)
+    return total
+
+
+# -- stages
+
+
+def stage_step(pair: Pair, *, stage: int) -> Row:
+    """A training step with one source a row: encoding, gradient, AdamW; of stage 1 or 2."""
+    learns = BRIDGE if stage == 1 else BRIDGE | {"dit"}
+    pair = dataclasses.replace(pair, learns=learns)
+    sizes, config, rows = pair.sizes, pair.config, pair.sizes.rows
+    grid = sizes.grid
+    settings = _settings(pair, stage)
+    given, asked = source(sizes, rows), prompt(sizes, rows=rows, text=sizes.text_tokens, sources=1)
+    target = pictures(rows, sizes.side, sizes.side, seed=9)
+    host = pair.params(*PARTS)
+    trainable, frozen = split(host, settings.trainable)
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), trainable)
+    trainer = Trainer(pair.model, settings, make_mesh(devices=jax.devices()[:1]), abstract)
+    numbers = jnp.arange(rows, dtype=jnp.uint32)
+    batch = TrainBatch(
+        number=jnp.uint32(0),
+        sample_numbers=numbers,
+        picture_ids=numbers,
+        unconditional=jnp.zeros(rows, bool),
+        prompt=on_device(asked.ours()),
+        images=on_device(given.packed),
+        place=jnp.asarray(asked.place),
+        target=None,
+        source_latents=None,
+        grid=grid,
+        query_tokens=grid[0] * grid[1],
+    )
+    held = {}
+
+    def start():
+        held["state"] = trainer.init_state(on_device(trainable))
+        held["frozen"] = on_device(frozen)
+
+    def ours():
+        state, frozen = held["state"], held["frozen"]
+        autoencoder = {"dc_ae": frozen["dc_ae"]}
+        full = batch.replace(
+            target=trainer.encode(autoencoder, target),
+            source_latents=(trainer.encode(autoencoder, given.pixels),),
+        )
+        zeros = trainer.zero_gradients()
+        gradients, losses, _ = trainer.accumulate(zeros, state.params, frozen, full)
+        # The step before is told, so that the state moves on.
+        held["state"], norm = trainer.update(state, gradients, [losses], state.step + 1)
+        return jnp.mean(losses), norm
+
+    modules = {name: getattr(pair, name) for name in PARTS}
+    trained = [modules[name] for name in PARTS if name in learns]
+    load, drop, optimizers = _moves(pair, list(modules.values()), trained)
+    draws = _Draws.of(settings, numbers, config, sizes.side, grid, pair.model.width)
+
+    def theirs(rung: str):
+        loss = _torch_loss(pair, made[rung], stage, asked, given, target, draws)
+        return optimizers[-1].step(loss)
+
+    made = {rung: Modules.of(pair, rung) for rung in RUNGS}
+    counted = flops.sample_flops(
+        config,
+        Bucket(sizes.side, sizes.side),
+        arity=1,
+        text=sizes.text_tokens,
+        learns=flops.Learns(dit=stage > 1, branch=True),
+    )
+    return Row(
+        ours=Side(ours, start, held.clear),
+        theirs={rung: Side(functools.partial(theirs, rung), load, drop) for rung in RUNGS},
+        compared=lambda ours, theirs: list(zip(ours, theirs, strict=True)),
+        tolerance=_step_tolerance(pair),
+        flops=rows * sum(counted.values()),
+        apart=True,
+    )
+
+
+def _settings(pair: Pair, stage: int) -> Stage:
+    rules = BRIDGE_LEARNS if stage == 1 else ALL_BUT_VLM_LEARN
+    return Stage(
+        name=f"stage{stage}",
+        seed=stage,
+        bridge=pair.sizes.bridge,
+        dtype=jnp.dtype(pair.sizes.dtype),
+        remat=pair.model.remat,
+        rows=pair.sizes.rows,
+        micro_batches=1,
+        optimizer=OPTIMIZER,
+        ema=0.0,
+        loss=Loss.CONTRASTIVE if stage == 1 else Loss.FLOW_MATCHING,
+        contrast=CONTRAST,
+        time_law=TimeLaw.LOGIT_NORMAL,
+        shift=3.0,
+        trainable=tuple(FreezeRule(*rule) for rule in rules),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Draws:
+    """What the step draws, made by our functions: torch would draw other numbers."""
+
+    queries: np.ndarray  # [B, Q, D]
+    noise: np.ndarray  # [B, h, w, C]
+    sigma: np.ndarray  # [B]
+    partner: int
+
+    @classmethod
+    def of(cls, settings: Stage, numbers, config, side: int, grid, width: int) -> "_Draws":
+        seed, places = settings.seed, side // config.dc_ae.ratio
+        shape = (places, places, config.dit.in_channels)
+        return cls(
+            np.array(draw_noise(seed, numbers, grid=grid, width=width)),
+            np.array(draw_flow_noise(seed, numbers, shape)),
+            np.array(draw_sigma(seed, numbers, law=settings.time_law, shift=settings.shift)),
+            int(partners(seed, 0, len(numbers))),
+        )
+
+
+def _torch_loss(pair, modules: Modules, stage: int, asked, given, target, draws: _Draws):
+    """The mean loss, with a graph."""
+    with torch.no_grad():
+        clean, latents = modules.to_latents(target), modules.to_latents(given.pixels)
+    noise = torch.from_numpy(draws.noise).permute(0, 3, 1, 2).to(clean.device)
+    sigma = torch.from_numpy(draws.sigma).to(clean.device)
+    share = sigma.view(-1, 1, 1, 1)
+    with _mixed(pair):
+        cache = modules.read(asked, given, latents)
+        condition = modules.write(asked, cache, modules.tensor(draws.queries))
+        noisy = (1 - share) * clean + share * noise
+        velocity = modules.paint(noisy, TIMESTEPS * sigma, condition)
+    wanted = noise - clean
+    loss = (velocity - wanted).square().mean()
+    if stage == 1:
+        loss = loss - CONTRAST * (velocity - wanted.roll(-draws.partner, 0)).square().mean()
+    return loss
