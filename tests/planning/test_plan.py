@@ -142,7 +142,7 @@ def told(tmp_path, stage: str, **overrides) -> str:
 
 def test_a_mesh_that_does_not_divide_the_devices(tmp_path):
     said = told(tmp_path, "stage1", **{"mesh.fsdp": 3})
-    assert said == "fsdp=3 does not divide 8 devices; possible: [1, 2, 4, 8]"
+    assert said == "mesh.fsdp=3 does not divide 8 devices (cpu); possible: [1, 2, 4, 8]"
 
 
 def test_rows_that_the_mesh_does_not_divide(tmp_path):

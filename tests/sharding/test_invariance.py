@@ -32,6 +32,8 @@ MESHES = {
     "data 8": lambda: make_mesh(fsdp=1),
     "fsdp 8": lambda: make_mesh(fsdp=8),
     "data 2, fsdp 4": lambda: make_mesh(fsdp=4),
+    "fsdp 4, tensor 2": lambda: make_mesh(fsdp=4, tensor=2),
+    "fsdp 2, tensor 2, sequence 2": lambda: make_mesh(fsdp=2, tensor=2, sequence=2),
 }
 
 
@@ -113,7 +115,9 @@ def step_on(name: str) -> dict:
 @pytest.mark.parametrize(
     "name",
     [
-        "data 2, fsdp 4",
+        "fsdp 2, tensor 2, sequence 2",
+        pytest.param("data 2, fsdp 4", marks=pytest.mark.slow),
+        pytest.param("fsdp 4, tensor 2", marks=pytest.mark.slow),
         pytest.param("data 8", marks=pytest.mark.slow),
         pytest.param("fsdp 8", marks=pytest.mark.slow),
     ],

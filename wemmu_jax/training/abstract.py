@@ -21,7 +21,7 @@ from wemmu_jax.models.wemmu.batch import PromptBatch
 from wemmu_jax.models.wemmu.config import WeMMUConfig
 from wemmu_jax.models.wemmu.inputs import Shapes
 from wemmu_jax.models.wemmu.modeling import WeMMUModel
-from wemmu_jax.sharding.mesh import check_rows
+from wemmu_jax.sharding.mesh import check_heads, check_rows
 from wemmu_jax.sharding.rules import parameter_shardings, replicated
 from wemmu_jax.training.batch import Pixels, TrainBatch, batch_shardings
 from wemmu_jax.training.curriculum import Stage
@@ -82,7 +82,7 @@ class AbstractRun:
           mesh: of devices that need not be there.
 
         Raises:
-          ValueError: the mesh does not divide the rows, or `sizes` has another bridge than the config.
+          ValueError: the mesh does not divide rows or heads, or `sizes` has another bridge than the config.
         """
         stage = Stage.from_config(config)
         if sizes.bridge != stage.bridge:
@@ -90,6 +90,7 @@ class AbstractRun:
                 f"the model has the bridge {sizes.bridge}, the config asks for {stage.bridge}"
             )
         check_rows(stage.rows, mesh)
+        check_heads(sizes, mesh)
         model = WeMMUModel(sizes, dtype=stage.dtype, remat=stage.remat)
         trainable, frozen = abstract_weights(model, stage, mesh)
         buckets, grids = stage_sizes(config, sizes)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from wemmu_jax.models.sana.config import SanaConfig
-from wemmu_jax.ops.attention import attention
+from wemmu_jax.ops.attention import Mask, attention
 from wemmu_jax.ops.convolution import DepthwiseConv
 from wemmu_jax.ops.norms import RMSNorm, layer_norm
 from wemmu_jax.ops.remat import remat
@@ -141,8 +141,8 @@ class CrossAttention(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, condition: jax.Array, mask: jax.Array) -> jax.Array:
-        """x [B, h, w, D], condition [B, Q, D], mask bool[B, 1, 1, Q] -> [B, h, w, D] in `dtype`."""
+    def __call__(self, x: jax.Array, condition: jax.Array, mask: Mask) -> jax.Array:
+        """x [B, h, w, D], condition [B, Q, D], mask over Q keys -> [B, h, w, D] in `dtype`."""
         config = self.config
         heads = (x.shape[0], -1, config.num_cross_attention_heads, config.cross_attention_head_dim)
         query, key, value = (
@@ -183,14 +183,14 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, condition: jax.Array, mask: jax.Array, modulation: jax.Array
+        self, x: jax.Array, condition: jax.Array, mask: Mask, modulation: jax.Array
     ) -> tuple[jax.Array, None]:
         """One step of the scan over layers.
 
         Args:
           x: [B, h, w, D].
           condition: [B, Q, D], projected and normed.
-          mask: bool[B, 1, 1, Q], False hides padding.
+          mask: over the Q condition tokens; hides padding.
           modulation: float32[B, 6, D] of `TimeEmbedding`.
 
         Returns:
@@ -263,7 +263,7 @@ class SanaTransformer(nn.Module):
         modulation, embedded_time = TimeEmbedding(config.width, name="time_embed")(timestep)
         condition = CaptionProjection(config.width, dtype, name="caption_projection")(condition)
         condition = RMSNorm(CAPTION_NORM_EPS, dtype=dtype, name="caption_norm")(condition)
-        mask = condition_valid[:, None, None, :]
+        mask = Mask(condition_valid)
 
         x = nn.Dense(config.width, dtype=dtype, name="patch_embed")(latents)
         blocks = nn.scan(
