@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from wemmu_jax.ops.axes import AXES, HEADS, ROWS, TOKENS
+from wemmu_jax.ops.axes import HEADS, ROWS, TOKENS, current_mesh, current_platform
 from wemmu_jax.ops.splash import splash_attention
 
 _log = logging.getLogger(__name__)
@@ -88,9 +88,7 @@ def attention(
     Raises:
       ValueError: the backend that was asked for cannot do it.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    mesh = mesh if set(mesh.axis_names) == set(AXES) else None
-    platform = jax.default_backend() if mesh is None else mesh.abstract_device.platform
+    mesh, platform = current_mesh(), current_platform()
     backend = chosen(platform, query=query, key=key)
     kernel = {
         AttentionBackend.XLA: _xla,

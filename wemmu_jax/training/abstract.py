@@ -32,16 +32,22 @@ from wemmu_jax.training.step import Trainer
 
 def abstract_weights(model: WeMMUModel, stage: Stage, mesh: Mesh) -> tuple[dict, dict]:
     """The trainable and the frozen tree as `run.prepare` would place them."""
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    shapes = jax.eval_shape(model.init_backbones, key)
-    shapes |= jax.eval_shape(model.init_bridge, key, shapes["vlm"]["text"])
     typed = nest(
         {
-            path: jax.ShapeDtypeStruct(leaf.shape, leaf_dtype(path, stage))
-            for path, leaf in flatten(shapes).items()
+            path: jax.ShapeDtypeStruct(shape, leaf_dtype(path, stage))
+            for path, shape in _shapes(model.config).items()
         }
     )
     return split(placed(typed, parameter_shardings(typed, mesh)), stage.trainable)
+
+
+@functools.lru_cache(maxsize=8)
+def _shapes(config: WeMMUConfig) -> Mapping[str, tuple[int, ...]]:
+    """Of every leaf, by path. A search asks for many plans of one model."""
+    model, key = WeMMUModel(config), jax.eval_shape(lambda: jax.random.key(0))
+    shapes = jax.eval_shape(model.init_backbones, key)
+    shapes |= jax.eval_shape(model.init_bridge, key, shapes["vlm"]["text"])
+    return {path: leaf.shape for path, leaf in flatten(shapes).items()}
 
 
 def placed(tree, shardings):

@@ -49,6 +49,8 @@ class Remat(enum.StrEnum):
     NONE = "none"
     FULL = "full"
     DOTS = "dots"
+    NAMED = "named"
+    OFFLOAD = "offload"
 
 
 _Choice = TypeVar("_Choice", bound=enum.StrEnum)

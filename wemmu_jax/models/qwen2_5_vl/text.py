@@ -15,6 +15,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from wemmu_jax.models.qwen2_5_vl.config import TextConfig
 from wemmu_jax.ops.attention import Mask, attention
@@ -64,11 +65,10 @@ class Attention(nn.Module):
         returns [B, T, D] and the own keys and values [B, T, K, H]."""
         config = self.config
         query = self._heads("q_proj", config.num_attention_heads, x)
-        own = KeyValues(
-            key=rotate(self._heads("k_proj", config.num_key_value_heads, x), angles),
-            value=self._heads("v_proj", config.num_key_value_heads, x),
-        )
-        query = rotate(query, angles)
+        key = rotate(self._heads("k_proj", config.num_key_value_heads, x), angles)
+        value = self._heads("v_proj", config.num_key_value_heads, x)
+        own = KeyValues(checkpoint_name(key, "k"), checkpoint_name(value, "v"))
+        query = checkpoint_name(rotate(query, angles), "q")
         seen = own if context is None else context.followed_by(own)
         # For those who want to look at the attention, see `evaluation.attention`; nothing is kept unless asked for.
         self.sow("attention", "query", query)
@@ -103,8 +103,8 @@ class GatedMLP(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
         dense = functools.partial(nn.Dense, use_bias=False, dtype=self.dtype)
-        gate = dense(self.config.intermediate_size, name="gate_proj")(x)
-        up = dense(self.config.intermediate_size, name="up_proj")(x)
+        gate = checkpoint_name(dense(self.config.intermediate_size, name="gate_proj")(x), "gate")
+        up = checkpoint_name(dense(self.config.intermediate_size, name="up_proj")(x), "up")
         return dense(self.config.hidden_size, name="down_proj")(nn.silu(gate) * up)
 
 
@@ -129,6 +129,7 @@ class DecoderLayer(nn.Module):
     ) -> tuple[jax.Array, KeyValues | None]:
         """x [B, T, D], context [B, S, K, H], angles float32[B, T, H/2], mask of S+T keys;
         returns [B, T, D] and the own keys and values [B, T, K, H] or None."""
+        x = checkpoint_name(x, "input")
         norm = functools.partial(RMSNorm, eps=self.config.rms_norm_eps, dtype=self.dtype)
         attend = Attention(self.config, self.dtype, self.hidden_tail, name="attention")
         mixed, own = attend(norm(name="input_layernorm")(x), context, angles, mask)
