@@ -79,6 +79,8 @@ def test_branches_are_those_of_the_model_and_others_are_an_error():
     taken = branches(setting().sizes)
     assert taken("jit(step)/jvp(VisionTransformer)/layers/attention/cond", 2) == (28 / 32, 4 / 32)
     assert taken("jit(update)/cond", 2) == (0, 1)
+    # Which part of causal queries a device has along `sequence`.
+    assert taken("jit(step)/jvp(TextModel)/attention_splash/shard_map/cond", 4) == (1 / 4,) * 4
     with pytest.raises(ValueError, match="not known how often the 3 branches of 'jit"):
         taken("jit(step)/cond", 3)
 
