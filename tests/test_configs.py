@@ -182,7 +182,11 @@ def test_a_wrong_type_is_an_error(key, value):
         ("optimizer.learning_rate", "-1e-4", "learning_rate"),
         ("optimizer.warmup", "100000", "warm-up of 100000 steps does not fit"),
         ("optimizer.ema", "1.0", "optimizer.ema"),
-        ("model.remat", "foo", r"model\.remat='foo'; expected one of \['none', 'full', 'dots'\]"),
+        (
+            "model.remat",
+            "foo",
+            r"model\.remat='foo'; expected one of \['none', 'full', 'dots', 'named', 'offload'\]",
+        ),
     ],
 )
 def test_a_value_that_makes_no_sense_is_an_error(key, value, named):

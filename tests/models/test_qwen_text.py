@@ -194,11 +194,11 @@ def test_remat_changes_neither_value_nor_gradient():
         policy: jax.jit(jax.value_and_grad(functools.partial(_loss, policy), argnums=(0, 1)))(
             _stack_params(), x
         )
-        for policy in ("none", "full", "dots")
+        for policy in ("none", "full", "dots", "named", "offload")
     }
     for leaf in jax.tree.leaves(value["none"][1]):
         assert np.abs(leaf).max() > 0
-    for policy in ("full", "dots"):
+    for policy in value:
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
             value[policy],
@@ -207,13 +207,20 @@ def test_remat_changes_neither_value_nor_gradient():
 
 
 def test_remat_saves_what_its_name_says(capsys):
-    counts = {}
-    for policy in ("none", "full", "dots"):
+    counts, hidden, host = {}, {}, {}
+    for policy in ("none", "full", "dots", "named", "offload"):
         print_saved_residuals(
             functools.partial(_loss, policy), _stack_params(), _draw((BATCH, LENGTH, 32), 11)
         )
-        counts[policy] = capsys.readouterr().out.count(f"f32[2,{BATCH},{LENGTH},")
+        said = capsys.readouterr().out
+        counts[policy] = said.count(f"f32[2,{BATCH},{LENGTH},")
+        hidden[policy] = said.count(f"f32[2,{BATCH},{LENGTH},48]")  # of the MLP
+        host[policy] = said.count("f32<host>[2,")
+    assert counts["offload"] < counts["full"] < counts["named"] < counts["none"], counts
     assert counts["full"] < counts["dots"] < counts["none"], counts
+    assert hidden["named"] == 2 and hidden["full"] == hidden["offload"] == 0  # gate and up
+    # The layer's input, and what the two calls of attention returned.
+    assert host == {"none": 0, "full": 0, "dots": 0, "named": 0, "offload": 3}
 
 
 def test_the_scan_equals_a_loop_over_its_layers():

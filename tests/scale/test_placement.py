@@ -17,12 +17,15 @@ from wemmu_jax.planning.collectives import KINDS
 from wemmu_jax.sharding.mesh import make_mesh
 from wemmu_jax.training.abstract import AbstractRun
 from wemmu_jax.training.batch import on_devices, packer, train_batch
+from wemmu_jax.training.optimizer import merge
+from wemmu_jax.training.step import row_losses
 
 STREAMS = [stream.value for stream in VAEStream]
 
 
-def small_run(stream: str, rows: int) -> AbstractRun:
+def small_run(stream: str, rows: int, remat: str = "full") -> AbstractRun:
     config = get_config("stage4")
+    config.model.remat = remat
     config.model.bridge = small_config(vae_stream=VAEStream(stream)).bridge.to_dict()
     config.data.resolution, config.data.max_aspect, config.data.pad_multiple = 64, 1.5, 4
     config.batch.rows = rows
@@ -92,5 +95,40 @@ def test_weights_come_to_the_rows_and_never_the_rows_to_the_weights(monkeypatch)
         return run.accumulate(batch).compile(compiler_options=options).as_text()
 
     assert {shape for shape in moved(text(), rows) if not shape.endswith(f"[{rows}]")} == set()
-    monkeypatch.setattr("wemmu_jax.training.step.rows_stay", lambda mesh: contextlib.nullcontext())
+    monkeypatch.setattr("wemmu_jax.training.step.placed", lambda *_: contextlib.nullcontext())
     assert moved(text(), rows), "the pins were not needed here, so this test shows nothing"
+
+
+def kept(run: AbstractRun, arity: int) -> list[tuple[int, ...]]:
+    """Shapes of what the backward pass of a micro-batch finds, but for weights and the micro-batch itself."""
+    batch = run.batch(run.square, arity=arity, text_length=32)
+    trainer = run.trainer
+
+    def pullback(trainable, frozen, batch):
+        def loss(trainable):
+            return row_losses(trainer.model, trainer.stage, merge(trainable, frozen), batch)[0]
+
+        return jax.vjp(loss, trainable)[1]
+
+    found = jax.eval_shape(pullback, run.trainable, run.frozen, batch)
+    given = {leaf.shape for leaf in jax.tree.leaves((run.trainable, run.frozen, batch))}
+    return [leaf.shape for leaf in jax.tree.leaves(found) if leaf.shape not in given]
+
+
+@pytest.mark.parametrize("remat", ["full", "named"])
+def test_what_is_frozen_keeps_next_to_nothing(remat):
+    """Nothing of the ViT. Of the language model keys and values, which the expert reads, and a layer's input where the
+    VAE linear's gradient goes through it."""
+    rows, layers, width = 8, 2, 32
+    run = small_run("frozen", rows, remat)
+    for arity in (0, 1):
+        length = run.batch(run.square, arity=arity, text_length=32).prompt.tokens.shape[1]
+        queries = run.shapes.tokens
+        shapes = kept(run, arity)
+        slots = [shape for shape in shapes if run.shapes.slots in shape[1:2] and len(shape) >= 4]
+        assert not [shape for shape in slots if shape[-1] in (16, 20, 48)]
+        prompt = [shape for shape in shapes if shape[:3] == (layers, rows, length)]
+        inputs = [(layers, rows, length, width)] * (arity > 0)
+        assert sorted(prompt) == sorted([(layers, rows, length, 2, 8)] * 2 + inputs)
+        hidden = [shape for shape in shapes if shape == (layers, rows, queries, 40)]
+        assert len(hidden) == (2 if remat == "named" else 0)  # gate and up of the expert

@@ -11,7 +11,7 @@ import pytest
 from tests.models.wemmu_fixtures import pack, random_params, request, row_encoder, small_config
 from wemmu_jax.conversion.memory import flatten
 from wemmu_jax.diffusion.flow import TimeLaw, draw_flow_noise, draw_sigma
-from wemmu_jax.diffusion.losses import partners
+from wemmu_jax.diffusion.losses import negatives, partners
 from wemmu_jax.models.wemmu.modeling import WeMMUModel
 from wemmu_jax.models.wemmu.queries import draw_noise
 from wemmu_jax.sharding import rules
@@ -32,6 +32,8 @@ MESHES = {
     "data 8": lambda: make_mesh(fsdp=1),
     "fsdp 8": lambda: make_mesh(fsdp=8),
     "data 2, fsdp 4": lambda: make_mesh(fsdp=4),
+    "fsdp 4, tensor 2": lambda: make_mesh(fsdp=4, tensor=2),
+    "fsdp 2, tensor 2, sequence 2": lambda: make_mesh(fsdp=2, tensor=2, sequence=2),
 }
 
 
@@ -94,7 +96,10 @@ def one_step(mesh) -> dict:
         "gradients": {path: np.array(leaf) for path, leaf in flatten(gradients).items()},
         "losses": np.array(losses),
         "plain": np.array(plain),
-        "cut": sum(bool(leaf.sharding.spec) for leaf in jax.tree.leaves(gradients)),
+        "cut": {
+            axis: sum(axis in leaf.sharding.spec for leaf in jax.tree.leaves(gradients))
+            for axis in ("fsdp", "tensor")
+        },
     }
     state, norm = trainer.update(state, gradients, [losses], np.int32(1))
     found["norm"], found["step"] = float(norm), int(state.step)
@@ -113,14 +118,17 @@ def step_on(name: str) -> dict:
 @pytest.mark.parametrize(
     "name",
     [
-        "data 2, fsdp 4",
+        "fsdp 2, tensor 2, sequence 2",
+        pytest.param("data 2, fsdp 4", marks=pytest.mark.slow),
+        pytest.param("fsdp 4, tensor 2", marks=pytest.mark.slow),
         pytest.param("data 8", marks=pytest.mark.slow),
         pytest.param("fsdp 8", marks=pytest.mark.slow),
     ],
 )
 def test_the_mesh_changes_nothing(name):
     alone, spread = step_on("1 device"), step_on(name)
-    assert (spread["cut"] > 20) == ("fsdp" in name) and alone["cut"] == 0
+    for axis, count in spread["cut"].items():
+        assert (count > 20) == (axis in name) and alone["cut"][axis] == 0
     for part in ("losses", "plain"):
         assert spread[part].shape == (ROWS,)
         np.testing.assert_allclose(spread[part], alone[part], rtol=1e-5)
@@ -140,6 +148,23 @@ def test_rows_are_contrasted_as_they_should_be():
     other = np.roll(batch.picture_ids, -by)
     alone = (other == batch.picture_ids) | batch.unconditional
     np.testing.assert_array_equal(found["losses"] == found["plain"], alone)
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_partners_are_the_same(name):
+    """Rows go round the whole micro-batch, whichever devices they lie on."""
+    mesh, batch = MESHES[name](), micro_batch()
+    places = (batch.target, batch.picture_ids, batch.unconditional)
+
+    def contrasted(rows, number):
+        return negatives(*rows, partners(stage().seed, number, ROWS))
+
+    for number in range(5):
+        by = int(partners(stage().seed, number, ROWS))
+        spread = jax.jit(contrasted)(jax.device_put(places, rows_sharding(mesh)), number)
+        np.testing.assert_array_equal(spread[0], np.roll(batch.target, -by, axis=0))
+        alone = jax.jit(contrasted)(places, number)
+        np.testing.assert_array_equal(spread[1], alone[1])
 
 
 @pytest.mark.parametrize("name", MESHES)

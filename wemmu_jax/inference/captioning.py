@@ -107,21 +107,22 @@ class Captioner:
             for name in ("tokens", "feature_index", "position_ids", "valid", "next_position")
         }
         own, pixels = jax.device_put((own, np.stack(filled)), rows_sharding(self._mesh))
-        embeds = self._sampler.embed(
-            self._params, own["tokens"], own["feature_index"], self._pack(pixels)
-        )
-        answer = self._sampler.answer(
-            self._sampler.model.text,
-            self._params["text"],
-            embeds,
-            jnp.moveaxis(own["position_ids"], 1, 0),
-            own["valid"],
-            own["next_position"],
-            max_new_tokens=self._tokens,
-            eos_ids=self._rows.prompts.eos_ids,
-            sampling=self._sampling,
-            key=jax.random.fold_in(stream_key(self._seed, Stream.SAMPLER), number),
-        )
+        with jax.set_mesh(self._mesh):  # for the kernels of attention
+            embeds = self._sampler.embed(
+                self._params, own["tokens"], own["feature_index"], self._pack(pixels)
+            )
+            answer = self._sampler.answer(
+                self._sampler.model.text,
+                self._params["text"],
+                embeds,
+                jnp.moveaxis(own["position_ids"], 1, 0),
+                own["valid"],
+                own["next_position"],
+                max_new_tokens=self._tokens,
+                eos_ids=self._rows.prompts.eos_ids,
+                sampling=self._sampling,
+                key=jax.random.fold_in(stream_key(self._seed, Stream.SAMPLER), number),
+            )
         tokens, lengths = np.asarray(answer.tokens), np.asarray(answer.lengths).tolist()
         return [
             self._rows.prompts.decode(row[:length]).strip()

@@ -1,14 +1,33 @@
-"""Rematerialisation by name: what a stack of layers keeps between the forward and the backward pass."""
+"""Rematerialisation by name: what a stack of layers keeps between the forward and the backward pass.
+
+Layers give names to what is dear to compute again (`jax.ad_checkpoint.checkpoint_name`):
+
+    input             of the layer
+    q k v             of every attention, after norm and rotation
+    attended          what attention returns, and with the splash kernel the log of its softmax's sum
+    gate up           of every MLP; Sana's convolution is `gate`, what goes into it `up`
+"""
 
 from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 
+_policies = jax.checkpoint_policies
+
 # name -> what the backward pass finds saved; None saves nothing but the layer's inputs.
 _SAVEABLE: dict[str, Callable[..., bool] | None] = {
     "full": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": _policies.dots_with_no_batch_dims_saveable,
+    "named": _policies.save_only_these_names("q", "k", "v", "attended", "gate", "up"),
+    "offload": _policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        # 8 KB a token and layer of the expert. The products' results would be 53, and take longer on their way to the
+        # host and back than to be computed again.
+        names_which_can_be_offloaded=["input", "attended"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -18,7 +37,9 @@ def remat(module_class: type[nn.Module], policy: str) -> type[nn.Module]:
     Args:
       module_class: a layer; the values and the gradients stay those of the plain class.
       policy: "none" keeps everything, "full" keeps a layer's inputs alone, "dots" keeps the products of
-        activations and weights (matmuls without batch dimensions) as well.
+        activations and weights (matmuls without batch dimensions) as well, "named" what has one of the names above
+        instead, so that neither attention nor MLP runs again; "offload" keeps a layer's inputs and what attention
+        returned, both in the host's memory.
 
     Raises:
       ValueError: `policy` is not one of these.
@@ -30,3 +51,9 @@ def remat(module_class: type[nn.Module], policy: str) -> type[nn.Module]:
         raise ValueError(f"unknown remat policy {policy!r}; the known ones are {known}")
     # prevent_cse guards against XLA undoing the recomputation, which cannot happen across a scan's steps.
     return nn.remat(module_class, policy=_SAVEABLE[policy], prevent_cse=False)
+
+
+def frozen(policy: str) -> str:
+    """The policy of a frozen stack beside one of `policy`: at most a layer's inputs are kept, because all that is asked
+    of it is the gradient of its input, if that."""
+    return "none" if policy == "none" else "full"

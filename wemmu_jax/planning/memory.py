@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import jax
 
 from wemmu_jax.planning.programs import Compiled, Key, Setting
+from wemmu_jax.sharding.mesh import row_shards
 
 
 def bytes_a_chip(tree) -> int:
@@ -50,16 +51,17 @@ def what_fits(setting: Setting, temporaries: float, available: float) -> str:
     taken to grow with the rows, weights to shrink with `fsdp`.
     """
     mesh, rows, weights = setting.run.trainer.mesh, setting.config.batch.rows, resident(setting)
+    parts = row_shards(mesh)
     room = available - sum(weights.values())
-    fitting = int(rows / mesh.size * room / temporaries) if room > 0 and temporaries else 0
+    fitting = int(rows / parts * room / temporaries) if room > 0 and temporaries else 0
     if fitting:
-        return f"about batch.rows={fitting * mesh.size} would; --search looks for what is fastest"
-    parts = next(
+        return f"about batch.rows={fitting * parts} would; --search looks for what is fastest"
+    doublings = next(
         n
         for n in itertools.count(1)
         if 2**n * available > 1.5 * sum(weights.values()) * mesh.shape["fsdp"]
     )
-    if 2**parts > mesh.shape["fsdp"]:
-        where = "" if mesh.size % 2**parts == 0 else f" on {2**parts} devices"
-        return f"mesh.fsdp={2**parts}{where} would leave room beside the weights"
+    if 2**doublings > mesh.shape["fsdp"]:
+        where = "" if mesh.size % 2**doublings == 0 else f" on {2**doublings} devices"
+        return f"mesh.fsdp={2**doublings}{where} would leave room beside the weights"
     return "model.remat=full, more chips, or larger ones may"

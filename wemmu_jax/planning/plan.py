@@ -157,6 +157,8 @@ def branches(sizes: WeMMUConfig):
     def taken(op_name: str, count: int) -> tuple[float, ...]:
         if "VisionTransformer" in op_name and count == 2:
             return (1 - full, full)  # attention in windows, attention over all
+        if "attention_splash" in op_name:
+            return (1 / count,) * count  # which part of causal queries a device has
         if "jit(update)" in op_name and count == 2:
             return (0.0, 1.0)  # losses and gradients are finite
         raise ValueError(f"it is not known how often the {count} branches of {op_name!r} are taken")

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import ml_collections
+from jax.sharding import Mesh
 
 from wemmu_jax.data.buckets import Bucket
 from wemmu_jax.models.wemmu.config import WeMMUConfig
@@ -93,11 +94,16 @@ class Setting:
         config.update_from_flattened_dict(values)
         return dataclasses.replace(self, config=config)
 
-    @functools.cached_property
+    @property
     def devices(self) -> list[jax.Device]:
         """Those of the topology, in the order of the mesh."""
+        return list(self.mesh.devices.flat)
+
+    @functools.cached_property
+    def mesh(self) -> Mesh:
+        """Of the topology's devices."""
         devices = topology_devices(self.topology, slices=self.slices)
-        return list(make_mesh(**self.config.mesh, devices=devices).devices.flat)
+        return make_mesh(**self.config.mesh, devices=devices)
 
     @functools.cached_property
     def run(self) -> AbstractRun:
@@ -105,7 +111,7 @@ class Setting:
         them."""
         config = self.config.copy_and_resolve_references()
         config.seed = 0
-        return AbstractRun.of(config, self.sizes, make_mesh(**config.mesh, devices=self.devices))
+        return AbstractRun.of(config, self.sizes, self.mesh)
 
     def lower(self, key: Key) -> jax.stages.Lowered:
         """Lowers one program."""

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from wemmu_jax.planning.chips import GIB
 from wemmu_jax.planning.plan import DoesNotFit, StagePlan, plan_stage
 from wemmu_jax.planning.programs import Library, Setting
+from wemmu_jax.sharding.mesh import row_shards
 from wemmu_jax.training.curriculum import Remat
 
 BY = "raw_overlapped"  # what is made small
@@ -85,10 +86,10 @@ def _neighbours(setting: Setting) -> Iterator[Setting]:
 
 
 def _other_rows(setting: Setting, *, less: bool) -> Iterator[Setting]:
-    """The nearest micro-batch that divides the step's batch and that the devices divide."""
-    rows, devices = setting.config.batch.rows, len(setting.devices)
+    """The nearest micro-batch that divides the step's batch and that the mesh divides."""
+    rows, parts = setting.config.batch.rows, row_shards(setting.mesh)
     batch = rows * setting.config.batch.micro_batches
-    possible = [n for n in range(devices, batch + 1, devices) if batch % n == 0]
+    possible = [n for n in range(parts, batch + 1, parts) if batch % n == 0]
     nearest = (
         [n for n in possible if n < rows][-1:] if less else [n for n in possible if n > rows][:1]
     )
@@ -98,7 +99,8 @@ def _other_rows(setting: Setting, *, less: bool) -> Iterator[Setting]:
 
 def _other_fsdp(setting: Setting, *, more: bool) -> Iterator[Setting]:
     """Half or twice as many parts of the weights."""
-    fsdp, devices = setting.config.mesh.fsdp, len(setting.devices)
-    other = 2 * fsdp if more else fsdp // 2
-    if other and devices % other == 0:
-        yield setting.changed({"mesh.fsdp": other})
+    mesh = setting.mesh.shape
+    other = 2 * mesh["fsdp"] if more else mesh["fsdp"] // 2
+    in_slice = setting.mesh.size // setting.slices // mesh["sequence"] // mesh["tensor"]
+    if other and in_slice % other == 0:
+        yield setting.changed({"mesh.fsdp": other, "mesh.data": 0})

@@ -1,15 +1,27 @@
-"""Where arrays lie on the mesh: rows of a batch over all devices, large parameters over the axis `fsdp`.
+"""Where arrays lie on the mesh: one table for parameters and activations of all models.
 
-A device works on its own rows alone, so every layer's weights are gathered as the layer runs, and its gradients
-are scattered again. XLA has to be told so: see `rows_stay`.
+    rows of a batch              along data and fsdp
+    tokens, rows of a picture    along sequence
+    heads, hidden features       along tensor, by the table
+    weights                      along tensor, by the table, and along fsdp, by their longest other axis
+
+A device works on its own rows alone, so every layer's weights are gathered along fsdp as the layer runs, and its
+gradients are scattered again. XLA has to be told so: see `placed`.
 """
 
 import contextlib
+import enum
+import functools
+import math
+import re
+from collections.abc import Iterator, Mapping
 
 import flax.linen as nn
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from wemmu_jax.ops.attention import AttentionBackend, attention_backend
+from wemmu_jax.ops.axes import HEADS, ROWS, TOKENS
 from wemmu_jax.ops.convolution import DepthwiseConv
 from wemmu_jax.ops.norms import RMSNorm
 
@@ -18,26 +30,87 @@ _LAYERS = (nn.Dense, nn.Conv, nn.Embed, RMSNorm, DepthwiseConv)
 SMALL = 2**16  # values; below this a leaf is copied to every device
 
 
-def parameter_spec(path: str, shape: tuple[int, ...], *, fsdp: int) -> PartitionSpec:
-    """A leaf is cut along its longest axis that `fsdp` divides, never along the layers of a scanned stack.
+class Cut(enum.Enum):
+    """What `tensor` cuts of a layer (Megatron-LM, arXiv 1909.08053, section 3): features in, features out."""
 
-    Small leaves and the words' embedding, which is frozen and 0.6 GB, are on every device.
+    NEITHER = (False, False)
+    OUT = (False, True)
+    IN = (True, False)  # XLA sums the results over the devices
+    THROUGH = (True, True)  # each feature comes from itself
+    LOOKUP = (None, False)  # a table that is on every device, whatever its size
+
+
+# Layer, a path inside any of the models -> how it is cut. The first match counts, and every layer must have one.
+RULES: tuple[tuple[str, Cut], ...] = (
+    # In a table that is cut, a lookup would run over the whole batch on every device. Frozen, 0.6 GB.
+    (r"embed_tokens$", Cut.LOOKUP),
+    (r"(^|/)(encoder|decoder)/", Cut.NEITHER),  # DC-AE
+    (r"(^|/)([qkv]_proj|gate_proj|up_proj|lm_head)$", Cut.OUT),
+    (r"(^|/)(o_proj|down_proj)$", Cut.IN),
+    (r"/[qk]_norm$", Cut.THROUGH),
+    # The two halves that `expand` makes are gated with one another, so XLA moves one to the other's device.
+    (r"ffn/expand$", Cut.OUT),
+    (r"ffn/depthwise$", Cut.THROUGH),
+    (r"ffn/contract$", Cut.IN),
+    (r"(caption_projection/linear_1|merger/hidden)$", Cut.OUT),
+    (r"(caption_projection/linear_2|merger/out)$", Cut.IN),
+    (r"norm\d?$", Cut.NEITHER),
+    # [query | key | value] of the ViT would be cut between the three, not between heads.
+    (r"attention/(qkv|proj)$", Cut.NEITHER),
+    (r"(^|/)(patch_embed|input_proj|output_proj)$", Cut.NEITHER),
+    (r"(^|/)(time_embed/\w+|output/projection)$", Cut.NEITHER),
+    # Tables and scales that lie in no layer of their own.
+    (r"(^|/)(blocks|output|position_mlp|vae_branch|queries)$", Cut.NEITHER),
+)
+
+
+@functools.cache
+def cut_of(layer: str) -> Cut:
+    """The rule for a layer. Raises ValueError if there is none."""
+    for pattern, cut in RULES:
+        if re.search(pattern, layer):
+            return cut
+    raise ValueError(f"no rule of sharding.rules.RULES says how {layer!r} lies on a mesh; add one")
+
+
+def parameter_spec(path: str, shape: tuple[int, ...], *, mesh: Mapping[str, int]) -> PartitionSpec:
+    """Along `tensor` as the table says; along `fsdp` the longest other axis that it divides, never that of the layers
+    of a scanned stack. Leaves that are small or have no such axis are on every device.
 
     Args:
       path: the leaf's path; kernels of stacks have one axis more than those of single layers.
       shape: its shape.
-      fsdp: size of the mesh axis.
+      mesh: size of each axis.
+
+    Raises:
+      ValueError: no rule matches, or `tensor` does not divide what the table wants it to.
     """
-    size = 1
-    for side in shape:
-        size *= side
-    stacked = "layers/" in path or "blocks/" in path
-    axes = [a for a in range(int(stacked), len(shape)) if shape[a] % fsdp == 0]
-    # A lookup in a table that is cut would run over the whole batch on every device.
-    if fsdp == 1 or size < SMALL or not axes or path.endswith("/embedding"):
+    if not shape:
+        return PartitionSpec()  # counters
+    layer, _, leaf = path.rpartition("/")
+    cut = cut_of(layer)
+    if math.prod(shape) < SMALL or cut is Cut.LOOKUP:
         return PartitionSpec()
-    longest = max(axes, key=lambda axis: shape[axis])
-    return PartitionSpec(*[None] * longest, "fsdp")
+    axes: list[str | None] = [None] * len(shape)
+    # What is added to the sum of an IN layer is not cut; the kernel's features are its last two axes.
+    along = {Cut.OUT: -1, Cut.THROUGH: -1, Cut.IN: -2 if leaf == "kernel" else None}.get(cut)
+    if along is not None and mesh[HEADS] > 1:
+        if shape[along] % mesh[HEADS]:
+            raise ValueError(
+                f"mesh.{HEADS}={mesh[HEADS]} does not divide the {shape[along]} features of {path}"
+            )
+        axes[along] = HEADS
+    stacked = re.search(r"(^|/)(layers|blocks|stage_\d+)/", path) is not None
+    possible = [
+        axis
+        for axis in range(int(stacked), len(shape))
+        if axes[axis] is None and shape[axis] % mesh["fsdp"] == 0
+    ]
+    if possible and mesh["fsdp"] > 1:
+        axes[max(possible, key=lambda axis: shape[axis])] = "fsdp"
+    while axes and axes[-1] is None:
+        axes.pop()
+    return PartitionSpec(*axes)
 
 
 def parameter_shardings(tree, mesh: Mesh):
@@ -45,29 +118,42 @@ def parameter_shardings(tree, mesh: Mesh):
 
     def one(path, leaf) -> NamedSharding:
         names = "/".join(str(getattr(k, "key", getattr(k, "name", k))) for k in path)
-        return NamedSharding(mesh, parameter_spec(names, leaf.shape, fsdp=mesh.shape["fsdp"]))
+        return NamedSharding(mesh, parameter_spec(names, leaf.shape, mesh=mesh.shape))
 
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
-def rows_stay(mesh: Mesh) -> contextlib.AbstractContextManager:
-    """While it is open, what goes into and comes out of every layer is pinned to the devices of its rows.
+@contextlib.contextmanager
+def placed(mesh: Mesh, attention: AttentionBackend = AttentionBackend.AUTO) -> Iterator[None]:
+    """While it is open, what is traced is placed on `mesh`; to be opened inside what is compiled.
 
-    Left to itself, XLA's partitioner finds weights and rows cut along the same mesh axis, and now and then moves
-    the activations of the whole batch to the weights instead of a layer's weights to the rows. The pins hold for
-    the gradients of the activations too. Numbers do not change.
+    What goes into and comes out of every layer is pinned to the devices of its rows, tokens and features. Left to
+    itself, XLA's partitioner finds weights and rows cut along the same mesh axis, and now and then moves the
+    activations of the whole batch to the weights instead of a layer's weights to the rows. The pins hold for the
+    gradients of the activations too. Attention runs on each device's own rows and heads. Numbers do not change.
     """
-    place = rows_sharding(mesh)
 
-    def pin(x: jax.Array) -> jax.Array:
-        return jax.lax.with_sharding_constraint(x, place)
+    def pin(x: jax.Array, cut: bool | None) -> jax.Array:
+        axes: list = [None] * x.ndim
+        if x.ndim > 2 and x.shape[1] % mesh.shape[TOKENS] == 0:
+            axes[1] = TOKENS
+        if cut and x.shape[-1] % mesh.shape[HEADS] == 0:
+            axes[-1] = HEADS
+        axes[0] = ROWS
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*axes)))
 
     def interceptor(call, args: tuple, kwargs: dict, context: nn.module.InterceptorContext):
         if context.method_name != "__call__" or not isinstance(context.module, _LAYERS):
             return call(*args, **kwargs)
-        return pin(call(*map(pin, args), **kwargs))
+        before, after = cut_of("/".join(context.module.path)).value
+        return pin(call(*(pin(x, before) for x in args), **kwargs), after)
 
-    return nn.intercept_methods(interceptor)
+    with (
+        jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
+        attention_backend(attention),
+        nn.intercept_methods(interceptor),
+    ):
+        yield
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -76,5 +162,5 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def rows_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
-    """Rows of a batch over all devices; they lie along `axis`."""
-    return NamedSharding(mesh, PartitionSpec(*[None] * axis, ("data", "fsdp")))
+    """Rows of a batch along data and fsdp; they lie along `axis` of the array."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, ROWS))

@@ -21,7 +21,7 @@ from wemmu_jax.models.wemmu.batch import PromptBatch
 from wemmu_jax.models.wemmu.config import WeMMUConfig
 from wemmu_jax.models.wemmu.inputs import Shapes
 from wemmu_jax.models.wemmu.modeling import WeMMUModel
-from wemmu_jax.sharding.mesh import check_rows
+from wemmu_jax.sharding.mesh import check_heads, check_rows
 from wemmu_jax.sharding.rules import parameter_shardings, replicated
 from wemmu_jax.training.batch import Pixels, TrainBatch, batch_shardings
 from wemmu_jax.training.curriculum import Stage
@@ -32,16 +32,22 @@ from wemmu_jax.training.step import Trainer
 
 def abstract_weights(model: WeMMUModel, stage: Stage, mesh: Mesh) -> tuple[dict, dict]:
     """The trainable and the frozen tree as `run.prepare` would place them."""
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    shapes = jax.eval_shape(model.init_backbones, key)
-    shapes |= jax.eval_shape(model.init_bridge, key, shapes["vlm"]["text"])
     typed = nest(
         {
-            path: jax.ShapeDtypeStruct(leaf.shape, leaf_dtype(path, stage))
-            for path, leaf in flatten(shapes).items()
+            path: jax.ShapeDtypeStruct(shape, leaf_dtype(path, stage))
+            for path, shape in _shapes(model.config).items()
         }
     )
     return split(placed(typed, parameter_shardings(typed, mesh)), stage.trainable)
+
+
+@functools.lru_cache(maxsize=8)
+def _shapes(config: WeMMUConfig) -> Mapping[str, tuple[int, ...]]:
+    """Of every leaf, by path. A search asks for many plans of one model."""
+    model, key = WeMMUModel(config), jax.eval_shape(lambda: jax.random.key(0))
+    shapes = jax.eval_shape(model.init_backbones, key)
+    shapes |= jax.eval_shape(model.init_bridge, key, shapes["vlm"]["text"])
+    return {path: leaf.shape for path, leaf in flatten(shapes).items()}
 
 
 def placed(tree, shardings):
@@ -82,7 +88,7 @@ class AbstractRun:
           mesh: of devices that need not be there.
 
         Raises:
-          ValueError: the mesh does not divide the rows, or `sizes` has another bridge than the config.
+          ValueError: the mesh does not divide rows or heads, or `sizes` has another bridge than the config.
         """
         stage = Stage.from_config(config)
         if sizes.bridge != stage.bridge:
@@ -90,6 +96,7 @@ class AbstractRun:
                 f"the model has the bridge {sizes.bridge}, the config asks for {stage.bridge}"
             )
         check_rows(stage.rows, mesh)
+        check_heads(sizes, mesh)
         model = WeMMUModel(sizes, dtype=stage.dtype, remat=stage.remat)
         trainable, frozen = abstract_weights(model, stage, mesh)
         buckets, grids = stage_sizes(config, sizes)

@@ -21,6 +21,7 @@ from wemmu_jax.data.pools import LEAST_WEIGHT
 from wemmu_jax.data.tasks import Task
 from wemmu_jax.diffusion.flow import TimeLaw
 from wemmu_jax.models.wemmu.config import BridgeConfig
+from wemmu_jax.ops.attention import AttentionBackend
 from wemmu_jax.training.optimizer import FreezeRule, OptimizerConfig
 
 FROZEN_BACKBONES = (("vlm/", False), ("dc_ae/", False))
@@ -48,6 +49,8 @@ class Remat(enum.StrEnum):
     NONE = "none"
     FULL = "full"
     DOTS = "dots"
+    NAMED = "named"
+    OFFLOAD = "offload"
 
 
 _Choice = TypeVar("_Choice", bound=enum.StrEnum)
@@ -73,6 +76,8 @@ def base_config() -> ml_collections.ConfigDict:
                 "bridge": BridgeConfig().to_dict(),
                 "dtype": "bfloat16",
                 "remat": "full",
+                # The kernel: auto is the platform's own, see `wemmu_jax.ops.attention`.
+                "attention": "auto",
             },
             "data": {
                 "resolution": 512,
@@ -113,7 +118,8 @@ def base_config() -> ml_collections.ConfigDict:
             "trainable": ALL_BUT_VLM_LEARN,
             # Patterns of paths of the bridge that are drawn anew from the seed, whatever `init` has there.
             "redrawn": (),
-            "mesh": {"fsdp": 8},
+            # Devices along each axis, see `wemmu_jax.sharding`; data 0 is what the others leave.
+            "mesh": {"data": 0, "fsdp": 8, "sequence": 1, "tensor": 1},
             "every": {"log": 10, "checkpoint": 1000, "validate": 1000, "sample": 1000},
             "keep_checkpoints": 3,
             "validation_rows": 64,
@@ -282,7 +288,10 @@ _EXPECTED: dict[str, tuple[_Test, str]] = {
     "loss.shift": (_above_zero, "a finite number above 0"),
     "trainable": (_list_of(_is_rule), "a list of [pattern, true or false]"),
     "redrawn": (_list_of(_is_pattern), "a list of regular expressions"),
+    "mesh.data": _COUNT_OR_ZERO,
     "mesh.fsdp": _COUNT,
+    "mesh.sequence": _COUNT,
+    "mesh.tensor": _COUNT,
     "every.log": _COUNT_OR_ZERO,
     "every.checkpoint": _COUNT_OR_ZERO,
     "every.validate": _COUNT_OR_ZERO,
@@ -308,6 +317,7 @@ class Stage:
     bridge: BridgeConfig
     dtype: Any
     remat: Remat
+    attention: AttentionBackend
     rows: int
     micro_batches: int
     optimizer: OptimizerConfig
@@ -338,6 +348,7 @@ class Stage:
             bridge=BridgeConfig.from_dict(config.model.bridge.to_dict()),
             dtype=jnp.dtype(_choice(DType, "model.dtype", config.model.dtype)),
             remat=_choice(Remat, "model.remat", config.model.remat),
+            attention=_choice(AttentionBackend, "model.attention", config.model.attention),
             rows=config.batch.rows,
             micro_batches=config.batch.micro_batches,
             optimizer=OptimizerConfig(

@@ -21,7 +21,7 @@ from wemmu_jax.models.wemmu.inputs import RowEncoder
 from wemmu_jax.models.wemmu.modeling import WeMMUModel
 from wemmu_jax.planning.flops import Learns
 from wemmu_jax.rng import Stream, stream_key
-from wemmu_jax.sharding.mesh import check_rows, make_mesh
+from wemmu_jax.sharding.mesh import check_heads, check_rows, make_mesh
 from wemmu_jax.sharding.rules import parameter_shardings
 from wemmu_jax.training.batch import TrainBatch, on_devices, packer, train_batch
 from wemmu_jax.training.checkpoints import differences
@@ -104,8 +104,9 @@ def prepare(config: ml_collections.ConfigDict) -> Run:
         remat=stage.remat,
     )
     origin.check(model)
-    mesh = make_mesh(fsdp=config.mesh.fsdp)
+    mesh = make_mesh(**config.mesh)
     check_rows(stage.rows, mesh)
+    check_heads(model.config, mesh)
     if config.data.held_out:
         check_rows(config.validation_rows, mesh)
     encoder, data, held_out = prepare_data(config, origin, model.config)

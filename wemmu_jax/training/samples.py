@@ -3,6 +3,7 @@
 import pathlib
 from collections.abc import Mapping
 
+import jax
 import numpy as np
 from PIL import Image
 
@@ -23,14 +24,8 @@ def draw_samples(run, params: Mapping, path: pathlib.Path) -> np.ndarray:
     model = WeMMU.from_params(
         run.trainer.model, merge(params, run.frozen), run.origin.backbones_folder
     )
-    side = run.config.data.resolution
-    lines = []
-    for task in Task:
-        if run.held_out.mixture.get(task) and task is not Task.UNCOND:
-            examples = run.held_out.examples(task, ROWS)
-            lines += [
-                _line(model, example, side, number) for number, example in enumerate(examples)
-            ]
+    with jax.set_mesh(run.trainer.mesh):  # for the kernels of attention
+        lines = _lines(run, model)
     width = max(line.shape[1] for line in lines)
     grid = np.concatenate(
         [np.pad(line, ((0, 4), (0, width - line.shape[1]), (0, 0))) for line in lines]
@@ -39,6 +34,19 @@ def draw_samples(run, params: Mapping, path: pathlib.Path) -> np.ndarray:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(grid).save(path)
     return grid
+
+
+def _lines(run, model: WeMMU) -> list[np.ndarray]:
+    """A line for each held-out request."""
+    side = run.config.data.resolution
+    lines = []
+    for task in Task:
+        if run.held_out.mixture.get(task) and task is not Task.UNCOND:
+            examples = run.held_out.examples(task, ROWS)
+            lines += [
+                _line(model, example, side, number) for number, example in enumerate(examples)
+            ]
+    return lines
 
 
 def _line(model: WeMMU, example: Example, side: int, number: int) -> np.ndarray:

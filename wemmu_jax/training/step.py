@@ -19,7 +19,7 @@ from wemmu_jax.diffusion.losses import (
 from wemmu_jax.models.wemmu.batch import Sources
 from wemmu_jax.models.wemmu.modeling import WeMMUModel
 from wemmu_jax.models.wemmu.queries import draw_noise
-from wemmu_jax.sharding.rules import parameter_shardings, replicated, rows_sharding, rows_stay
+from wemmu_jax.sharding.rules import parameter_shardings, placed, replicated, rows_sharding
 from wemmu_jax.training.batch import TrainBatch
 from wemmu_jax.training.curriculum import Loss, Stage
 from wemmu_jax.training.optimizer import make_optimizer, merge
@@ -149,7 +149,7 @@ class Trainer:
         """
 
         def encode(frozen: Mapping, pixels: jax.Array) -> jax.Array:
-            with rows_stay(self.mesh):
+            with placed(self.mesh, self.stage.attention):
                 return self.model.encode(frozen, pixels)
 
         return jax.jit(encode, out_shardings=rows_sharding(self.mesh))
@@ -162,7 +162,7 @@ class Trainer:
         """
 
         def loss(params: Mapping, frozen: Mapping, batch: TrainBatch):
-            with rows_stay(self.mesh):
+            with placed(self.mesh, self.stage.attention):
                 losses, plain = row_losses(self.model, self.stage, merge(params, frozen), batch)
             return jnp.mean(losses) / self.stage.micro_batches, (losses, plain)
 
@@ -207,7 +207,7 @@ class Trainer:
         """(params, frozen, batch) -> float32[B], see `validation_losses`."""
 
         def losses(params: Mapping, frozen: Mapping, batch: TrainBatch) -> jax.Array:
-            with rows_stay(self.mesh):
+            with placed(self.mesh, self.stage.attention):
                 return validation_losses(self.model, self.stage, merge(params, frozen), batch)
 
         return jax.jit(losses, out_shardings=replicated(self.mesh))

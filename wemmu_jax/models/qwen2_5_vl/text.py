@@ -15,9 +15,10 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from wemmu_jax.models.qwen2_5_vl.config import TextConfig
-from wemmu_jax.ops.attention import attention, prefix_causal_mask
+from wemmu_jax.ops.attention import Mask, attention
 from wemmu_jax.ops.norms import RMSNorm
 from wemmu_jax.ops.remat import remat
 from wemmu_jax.ops.rotary import multimodal_angles, rotate
@@ -58,17 +59,16 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, context: KeyValues | None, angles: jax.Array, mask: jax.Array
+        self, x: jax.Array, context: KeyValues | None, angles: jax.Array, mask: Mask
     ) -> tuple[jax.Array, KeyValues]:
-        """x [B, T, D], context [B, S, K, H], angles float32[B, T, H/2], mask bool[B, 1, T or 1, S+T];
+        """x [B, T, D], context [B, S, K, H], angles float32[B, T, H/2], mask of S+T keys;
         returns [B, T, D] and the own keys and values [B, T, K, H]."""
         config = self.config
         query = self._heads("q_proj", config.num_attention_heads, x)
-        own = KeyValues(
-            key=rotate(self._heads("k_proj", config.num_key_value_heads, x), angles),
-            value=self._heads("v_proj", config.num_key_value_heads, x),
-        )
-        query = rotate(query, angles)
+        key = rotate(self._heads("k_proj", config.num_key_value_heads, x), angles)
+        value = self._heads("v_proj", config.num_key_value_heads, x)
+        own = KeyValues(checkpoint_name(key, "k"), checkpoint_name(value, "v"))
+        query = checkpoint_name(rotate(query, angles), "q")
         seen = own if context is None else context.followed_by(own)
         # For those who want to look at the attention, see `evaluation.attention`; nothing is kept unless asked for.
         self.sow("attention", "query", query)
@@ -82,14 +82,13 @@ class Attention(nn.Module):
         projected = nn.Dense(count * width, dtype=self.dtype, name=name)(x)
         return projected.reshape(*x.shape[:-1], count, width)
 
-    def _attend(self, query: jax.Array, seen: KeyValues, mask: jax.Array) -> jax.Array:
+    def _attend(self, query: jax.Array, seen: KeyValues, mask: Mask) -> jax.Array:
         tail = self.hidden_tail
         if tail == 0:
             return attention(query, seen.key, seen.value, mask=mask)
         # Two calls, because one dense mask over [context | own]^2 would cost memory for what is a slice.
-        body = attention(
-            query[:, :-tail], seen.key[:, :-tail], seen.value[:, :-tail], mask=mask[..., :-tail]
-        )
+        hidden = mask.replace(key=mask.key[:, :-tail])
+        body = attention(query[:, :-tail], seen.key[:, :-tail], seen.value[:, :-tail], mask=hidden)
         last = attention(query[:, -tail:], seen.key, seen.value, mask=mask)
         return jnp.concatenate([body, last], axis=1)
 
@@ -104,8 +103,8 @@ class GatedMLP(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
         dense = functools.partial(nn.Dense, use_bias=False, dtype=self.dtype)
-        gate = dense(self.config.intermediate_size, name="gate_proj")(x)
-        up = dense(self.config.intermediate_size, name="up_proj")(x)
+        gate = checkpoint_name(dense(self.config.intermediate_size, name="gate_proj")(x), "gate")
+        up = checkpoint_name(dense(self.config.intermediate_size, name="up_proj")(x), "up")
         return dense(self.config.hidden_size, name="down_proj")(nn.silu(gate) * up)
 
 
@@ -126,10 +125,11 @@ class DecoderLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, context: KeyValues | None, angles: jax.Array, mask: jax.Array
+        self, x: jax.Array, context: KeyValues | None, angles: jax.Array, mask: Mask
     ) -> tuple[jax.Array, KeyValues | None]:
-        """x [B, T, D], context [B, S, K, H], angles float32[B, T, H/2], mask bool[B, 1, T or 1, S+T];
+        """x [B, T, D], context [B, S, K, H], angles float32[B, T, H/2], mask of S+T keys;
         returns [B, T, D] and the own keys and values [B, T, K, H] or None."""
+        x = checkpoint_name(x, "input")
         norm = functools.partial(RMSNorm, eps=self.config.rms_norm_eps, dtype=self.dtype)
         attend = Attention(self.config, self.dtype, self.hidden_tail, name="attention")
         mixed, own = attend(norm(name="input_layernorm")(x), context, angles, mask)
@@ -235,14 +235,11 @@ class DecoderStack(nn.Module):
             raise ValueError("hidden_tail is for Pattern.FULL; a causal tail is hidden anyway")
 
 
-def visibility(valid: jax.Array, context_valid: jax.Array | None, pattern: Pattern) -> jax.Array:
-    """The mask over [context | own tokens]: bool[B, 1, T, S+T] if CAUSAL, bool[B, 1, 1, S+T] if FULL."""
-    own = valid.shape[1]
+def visibility(valid: jax.Array, context_valid: jax.Array | None, pattern: Pattern) -> Mask:
+    """The mask of T own tokens over [context | own tokens], from bool[B, T] and bool[B, S]."""
     if context_valid is not None:
         valid = jnp.concatenate([context_valid, valid], axis=1)
-    if pattern is Pattern.CAUSAL:
-        return prefix_causal_mask(valid, own=own)
-    return valid[:, None, None, :]
+    return Mask(valid, causal=pattern is Pattern.CAUSAL)
 
 
 class TextModel(DecoderStack):

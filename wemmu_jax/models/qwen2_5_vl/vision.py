@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from wemmu_jax.models.qwen2_5_vl.config import VISION_RMS_NORM_EPS, VISION_ROPE_THETA, VisionConfig
 from wemmu_jax.models.qwen2_5_vl.images import PackedImages
-from wemmu_jax.ops.attention import attention
+from wemmu_jax.ops.attention import Mask, attention
 from wemmu_jax.ops.norms import RMSNorm
 from wemmu_jax.ops.remat import remat
 from wemmu_jax.ops.rotary import inverse_frequencies, rotate
@@ -38,7 +38,7 @@ def window_attention(
     slots = (-1, *query.shape[2:])
     segments = segments.reshape(-1, segments.shape[-1])
     # Padding carries -1 and sees the other padding, so that no softmax runs over nothing.
-    mask = segments[:, None, :, None] == segments[:, None, None, :]
+    mask = Mask(segments, query=segments)
     out = attention(query.reshape(slots), key.reshape(slots), value.reshape(slots), mask=mask)
     return out.reshape(query.shape)
 
@@ -48,7 +48,7 @@ def full_attention(
 ) -> jax.Array:
     """Each patch sees its whole picture. Arrays [B, W, P, N, H], segments [B, W, P] -> [B, W, P, N, H]."""
     pictures = (query.shape[0], -1, *query.shape[3:])
-    mask = (segments >= 0).reshape(query.shape[0], 1, 1, -1)
+    mask = Mask((segments >= 0).reshape(query.shape[0], -1))
     out = attention(
         query.reshape(pictures), key.reshape(pictures), value.reshape(pictures), mask=mask
     )

@@ -18,9 +18,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from wemmu_jax.models.sana.config import SanaConfig
-from wemmu_jax.ops.attention import attention
+from wemmu_jax.ops.attention import Mask, attention
 from wemmu_jax.ops.convolution import DepthwiseConv
 from wemmu_jax.ops.norms import RMSNorm, layer_norm
 from wemmu_jax.ops.remat import remat
@@ -102,7 +103,7 @@ def _project(
     x = nn.Dense(width, use_bias=use_bias, dtype=dtype, name=f"{name}_proj")(x)
     if config.qk_norm and name != "v":
         x = RMSNorm(eps=QK_NORM_EPS, dtype=dtype, name=f"{name}_norm")(x)
-    return x
+    return checkpoint_name(x, name)
 
 
 class LinearAttention(nn.Module):
@@ -131,6 +132,7 @@ class LinearAttention(nn.Module):
         summary = jnp.einsum("btnh,btnv->bnhv", nn.relu(key), value, precision="highest")
         mixed = jnp.einsum("btnh,bnhv->btnv", nn.relu(query), summary, precision="highest")
         mixed = mixed[..., :-1] / (mixed[..., -1:] + LINEAR_ATTENTION_EPS)
+        mixed = checkpoint_name(mixed.astype(self.dtype), "attended")
         return nn.Dense(config.width, dtype=self.dtype, name="o_proj")(mixed.reshape(x.shape))
 
 
@@ -141,8 +143,8 @@ class CrossAttention(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, condition: jax.Array, mask: jax.Array) -> jax.Array:
-        """x [B, h, w, D], condition [B, Q, D], mask bool[B, 1, 1, Q] -> [B, h, w, D] in `dtype`."""
+    def __call__(self, x: jax.Array, condition: jax.Array, mask: Mask) -> jax.Array:
+        """x [B, h, w, D], condition [B, Q, D], mask over Q keys -> [B, h, w, D] in `dtype`."""
         config = self.config
         heads = (x.shape[0], -1, config.num_cross_attention_heads, config.cross_attention_head_dim)
         query, key, value = (
@@ -165,9 +167,10 @@ class MixFFN(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [B, h, w, D] -> [B, h, w, D] in `dtype`."""
         width, hidden = self.config.width, self.config.ffn_width
-        x = nn.silu(nn.Dense(2 * hidden, dtype=self.dtype, name="expand")(x))
+        x = nn.Dense(2 * hidden, dtype=self.dtype, name="expand")(x)
+        x = nn.silu(checkpoint_name(x, "up"))
         x = DepthwiseConv(kernel_size=3, use_bias=True, dtype=self.dtype, name="depthwise")(x)
-        x, gate = jnp.split(x, 2, axis=-1)
+        x, gate = jnp.split(checkpoint_name(x, "gate"), 2, axis=-1)
         x = x * nn.silu(gate)
         return nn.Dense(width, use_bias=False, dtype=self.dtype, name="contract")(x)
 
@@ -183,20 +186,21 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, condition: jax.Array, mask: jax.Array, modulation: jax.Array
+        self, x: jax.Array, condition: jax.Array, mask: Mask, modulation: jax.Array
     ) -> tuple[jax.Array, None]:
         """One step of the scan over layers.
 
         Args:
           x: [B, h, w, D].
           condition: [B, Q, D], projected and normed.
-          mask: bool[B, 1, 1, Q], False hides padding.
+          mask: over the Q condition tokens; hides padding.
           modulation: float32[B, 6, D] of `TimeEmbedding`.
 
         Returns:
           [B, h, w, D] in `dtype`, and None, because the scan collects nothing.
         """
         config, dtype = self.config, self.dtype
+        x = checkpoint_name(x, "input")
         table = self.param("modulation_table", _table_init, (6, config.width))
         shift_attention, scale_attention, gate_attention, shift_ffn, scale_ffn, gate_ffn = (
             _over_places(modulation + table)
@@ -263,7 +267,7 @@ class SanaTransformer(nn.Module):
         modulation, embedded_time = TimeEmbedding(config.width, name="time_embed")(timestep)
         condition = CaptionProjection(config.width, dtype, name="caption_projection")(condition)
         condition = RMSNorm(CAPTION_NORM_EPS, dtype=dtype, name="caption_norm")(condition)
-        mask = condition_valid[:, None, None, :]
+        mask = Mask(condition_valid)
 
         x = nn.Dense(config.width, dtype=dtype, name="patch_embed")(latents)
         blocks = nn.scan(

@@ -28,6 +28,7 @@ from wemmu_jax.models.wemmu.config import Connector, Pathway, VAEStream, WeMMUCo
 from wemmu_jax.models.wemmu.position_mlp import PositionMLP, pad_tokens
 from wemmu_jax.models.wemmu.queries import Queries
 from wemmu_jax.models.wemmu.vae_branch import VAEBranch, distillation_loss
+from wemmu_jax.ops.remat import frozen
 
 Params = Mapping[str, Mapping]
 
@@ -72,7 +73,7 @@ class WeMMUModel:
     Attributes:
       config: sizes and switches.
       dtype: compute type of the large products.
-      remat: name of the rematerialisation policy of the layer stacks.
+      remat: name of the rematerialisation policy of the layer stacks; frozen ones keep less, see `ops.remat`.
     """
 
     config: WeMMUConfig
@@ -82,12 +83,12 @@ class WeMMUModel:
     @functools.cached_property
     def vision(self) -> VisionTransformer:
         """The frozen ViT."""
-        return VisionTransformer(self.config.vlm.vision, dtype=self.dtype, remat=self.remat)
+        return VisionTransformer(self.config.vlm.vision, dtype=self.dtype, remat=frozen(self.remat))
 
     @functools.cached_property
     def text(self) -> TextModel:
         """The frozen LLM."""
-        return TextModel(self.config.vlm.text, dtype=self.dtype, remat=self.remat)
+        return TextModel(self.config.vlm.text, dtype=self.dtype, remat=frozen(self.remat))
 
     @functools.cached_property
     def expert(self) -> DecoderStack:

@@ -1,0 +1,22 @@
+"""Names of the device mesh's axes, and the mesh that a program is traced for. What lies along which axis is told in
+`sharding.rules`."""
+
+import jax
+from jax.sharding import AbstractMesh
+
+ROWS = ("data", "fsdp")  # rows of a batch lie along both
+TOKENS = "sequence"
+HEADS = "tensor"
+AXES = (*ROWS, TOKENS, HEADS)  # from the slowest links to the fastest
+
+
+def current_mesh() -> AbstractMesh | None:
+    """The mesh of `sharding.rules.placed` or `jax.set_mesh`; None outside them, or if it has other axes."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh if set(mesh.axis_names) == set(AXES) else None
+
+
+def current_platform() -> str:
+    """ "cpu", "gpu" or "tpu": that of the current mesh, which may be of devices that are not there, or the default."""
+    mesh = current_mesh()
+    return jax.default_backend() if mesh is None else mesh.abstract_device.platform
