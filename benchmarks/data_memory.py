@@ -86,6 +86,7 @@ def synthesise(folder: pathlib.Path, records: int) -> None:
     columns = {
         "sizes": (np.int32, (2,)),
         "source_counts": (np.uint8, ()),
+        "conversations": (bool, ()),
         "records": (index.RECORD, ()),
         "pictures": (index.PICTURE, ()),
     }

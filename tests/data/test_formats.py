@@ -125,8 +125,12 @@ def test_uniworld(pictures):
             "image": ["p5.png", "p4.png", "p0.png"],
             "conversations": turns("<image>\n<image>\nreplace the dog", "<gen_image>"),
         },
-        {"image": ["p1.png"], "conversations": turns("<image>what is it?", "a barn")},
+        {"image": ["p0.png", "p1.png"], "conversations": turns("<image>make it", "a barn")},
         {"image": ["p1.png"], "conversations": turns("<image>make it", "<gen_image>")},
+        {
+            "image": ["p1.png", "p2.png"],
+            "conversations": turns("make it<image>", "<gen_image>", "and now?", "done"),
+        },
     ]
     write_json(pictures / "a/one.json", single)
     write_json(pictures / "a/two.json", several)
@@ -142,8 +146,12 @@ def test_uniworld(pictures):
         (f"{two}:1", "replace the dog", "p0", ("p5", "p4")),
     ]
     assert [(p.key, p.reason.split(": ", 1)[1]) for p in build_source(spec).problems()] == [
-        (f"{two}:2", "expected one <gen_image>, in the last turn; found 0"),
-        (f"{two}:3", "expected a placeholder for each of the 1 images; found 1 <image>"),
+        (f"{two}:2", "expected a placeholder for each of the 2 images; found 1 <image>"),
+        (
+            f"{two}:3",
+            "expected a placeholder for each of the 1 images; found 1 <image> and 1 <gen_image>",
+        ),
+        (f"{two}:4", "expected one <gen_image>, in the last turn; found 1"),
     ]
     (pictures / "data.txt").write_text("a,b\n")
     with pytest.raises(ValueError, match=r"data\.txt, line 1: expected image_root,annotation"):
