@@ -41,6 +41,7 @@ from wemmu_jax.data.pipeline import MicroBatches
 from wemmu_jax.data.prompts import RECONSTRUCTION_PROMPT
 from wemmu_jax.data.sources import build_feeds
 from wemmu_jax.data.tasks import Task
+from wemmu_jax.data.workers import keep_memory
 from wemmu_jax.models.qwen2_5_vl.images import MEAN, STD, pack_images, patchify
 from wemmu_jax.models.qwen2_5_vl.prompt import PromptEncoder
 from wemmu_jax.models.wemmu.config import BridgeConfig
@@ -243,6 +244,7 @@ _feeds, _resize = None, None
 def _remember(feeds, resize) -> None:
     global _feeds, _resize
     _feeds, _resize = feeds, resize
+    keep_memory()
 
 
 def _decode(job: tuple) -> None:
