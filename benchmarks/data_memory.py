@@ -10,7 +10,6 @@ and requirements-dev.txt.
 
 import argparse
 import io
-import os
 import pathlib
 import tempfile
 import time
@@ -19,6 +18,7 @@ import zlib
 import numpy as np
 from PIL import Image
 
+from benchmarks.processes import own_processes
 from wemmu_jax.data import index
 from wemmu_jax.data.buckets import make_buckets
 from wemmu_jax.data.formats.tar import Webdataset
@@ -86,6 +86,7 @@ def synthesise(folder: pathlib.Path, records: int) -> None:
     columns = {
         "sizes": (np.int32, (2,)),
         "source_counts": (np.uint8, ()),
+        "conversations": (bool, ()),
         "records": (index.RECORD, ()),
         "pictures": (index.PICTURE, ()),
     }
@@ -115,18 +116,7 @@ def synthesise(folder: pathlib.Path, records: int) -> None:
 
 def memory() -> int:
     """Proportional set size of this process and its descendants, bytes."""
-    parents = {}
-    for status in pathlib.Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = status.read_text().rpartition(")")[2].split()
-        except OSError:  # it ended meanwhile
-            continue
-        parents[int(status.parent.name)] = int(fields[1])
-    own, found = {os.getpid()}, True
-    while found:
-        found = {child for child, parent in parents.items() if parent in own} - own
-        own |= found
-    return sum(map(_share, own)) + _micro_batches()
+    return sum(map(_share, own_processes())) + _micro_batches()
 
 
 def _micro_batches() -> int:

@@ -141,6 +141,22 @@ def test_a_typo_is_an_error_that_suggests(key, suggestion):
     assert f'"{suggestion}"' in str(error.value)
 
 
+def test_no_stage_trains_on_conversations(tmp_path):
+    message = "data.mixture: no stage trains on VQA, because the VLM.* is frozen.*pretrain vlm"
+    with pytest.raises(ValueError, match=message):
+        config_of("stage3", "tiny", **{"data.mixture.VQA": "20"})
+    head = "from configs import tiny\ndef get_config(stage):\n    config = tiny.get_config(stage)\n"
+    for line in ("config.data.mixture.VQA = 1.0", "config.data.update({'mixture': {'VQA': 1.0}})"):
+        (tmp_path / "mine.py").write_text(f"{head}    {line}\n    return config\n")
+        with pytest.raises(ValueError, match=message):
+            load_config(f"{tmp_path}/mine.py:stage3")
+    config = config_of("stage3", "tiny")
+    with config.unlocked():
+        config.data.mixture.VQA = 1.0
+    with pytest.raises(ValueError, match=message):
+        Stage.from_config(config)
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [

@@ -113,6 +113,31 @@ def test_show_draws_samples_with_their_prompts(wemmu, photos, converted, tmp_pat
     assert "S-Edit" in text and "photos/" in text and "<i>empty</i>" in text
 
 
+def test_conversations_are_checked_and_shown(wemmu, converted, tmp_path):
+    lines = []
+    for number in range(8):
+        Image.new("RGB", SIZES[number % 2], (30 * number, 9, 9)).save(tmp_path / f"{number}.png")
+        pictures = [f"{number}.png"] * (number % 3)
+        lines.append({"images": pictures, "turns": [[f"what is <{number}>?", "a circle"]]})
+    write_lines(tmp_path, lines)
+    stored = {"name": "talk", "tasks": ["VQA"], "type": "folder", "folder": str(tmp_path)}
+    drawn = {"name": "drawn", "tasks": ["VQA"], "type": "miniworld", "kind": "conversation"}
+    spec = tmp_path / "sets.yaml"
+    spec.write_text(yaml.safe_dump([stored, drawn | {"seed": 0, "size": 9, "split": "train"}]))
+    result = wemmu("data", "check", spec, "--processes", 0)
+    assert result.code == 0, result
+    out = " ".join(result.out.split())
+    assert "records 8 source pictures: 3 with 0, 3 with 1, 2 with 2" in out
+    assert "conversations 8 turns: 8" in out and "drawn, nothing on disk" in out
+    page = tmp_path / "sheet.html"
+    result = wemmu("data", "show", spec, "--out", page, "--count", 20, "--init", converted)
+    assert result.code == 0, result
+    text = page.read_text()
+    assert text.count("VQA<br>talk/") >= 4 and text.count("VQA<br>drawn/") >= 4
+    assert "what is &lt;" in text and "<code>a circle</code>" in text
+    assert re.search(r"VQA<br>talk/.*<br>[1-9]\d* tokens", text)
+
+
 def test_packed_sets_hold_the_same(wemmu, photos, tmp_path):
     words = ["data", "pack", photos, "--out", tmp_path / "packed", "--shard-size", 8]
     assert wemmu(*words, "--processes", 2).code == 0

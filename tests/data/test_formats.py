@@ -4,7 +4,6 @@ import json
 import pathlib
 import subprocess
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,7 +12,7 @@ import webdataset
 from array_record.python.array_record_module import ArrayRecordReader
 from PIL import Image
 
-from tests.data.conftest import PICTURES, picture, records, shown, write_json
+from tests.data.conftest import PICTURES, picture, records, write_json
 from wemmu_jax.data.formats import array_record
 from wemmu_jax.data.sources import build_source
 
@@ -125,8 +124,12 @@ def test_uniworld(pictures):
             "image": ["p5.png", "p4.png", "p0.png"],
             "conversations": turns("<image>\n<image>\nreplace the dog", "<gen_image>"),
         },
-        {"image": ["p1.png"], "conversations": turns("<image>what is it?", "a barn")},
+        {"image": ["p0.png", "p1.png"], "conversations": turns("<image>make it", "a barn")},
         {"image": ["p1.png"], "conversations": turns("<image>make it", "<gen_image>")},
+        {
+            "image": ["p1.png", "p2.png"],
+            "conversations": turns("make it<image>", "<gen_image>", "and now?", "done"),
+        },
     ]
     write_json(pictures / "a/one.json", single)
     write_json(pictures / "a/two.json", several)
@@ -142,8 +145,12 @@ def test_uniworld(pictures):
         (f"{two}:1", "replace the dog", "p0", ("p5", "p4")),
     ]
     assert [(p.key, p.reason.split(": ", 1)[1]) for p in build_source(spec).problems()] == [
-        (f"{two}:2", "expected one <gen_image>, in the last turn; found 0"),
-        (f"{two}:3", "expected a placeholder for each of the 1 images; found 1 <image>"),
+        (f"{two}:2", "expected a placeholder for each of the 2 images; found 1 <image>"),
+        (
+            f"{two}:3",
+            "expected a placeholder for each of the 1 images; found 1 <image> and 1 <gen_image>",
+        ),
+        (f"{two}:4", "expected one <gen_image>, in the last turn; found 1"),
     ]
     (pictures / "data.txt").write_text("a,b\n")
     with pytest.raises(ValueError, match=r"data\.txt, line 1: expected image_root,annotation"):
@@ -230,26 +237,6 @@ def test_array_record(tmp_path):
     assert records({"type": "array-record", "paths": path}) == [
         (f"k/{n}", f"text {n}", n, (n,) * (i % 3)) for i, n in enumerate(PICTURES)
     ]
-
-
-def test_buckets_of_files(pictures):
-    """The same set in a bucket, by fsspec's own."""
-    system = fsspec.filesystem("memory")
-    with webdataset.TarWriter(str(pictures / "0.tar")) as tar:
-        for name in ("p0", "p1"):
-            tar.write({"__key__": name, "png": picture(name), "txt": name})
-    rows = [{"input_prompt": "edit", "output_image": "p1.png", "input_image": ["p0.png"]}]
-    write_json(pictures / "edit.json", rows)
-    for name in ("0.tar", "edit.json", "p0.png", "p1.png"):
-        system.pipe(f"/set/{name}", (pictures / name).read_bytes())
-    tars = {"type": "webdataset", "paths": "memory://set/*.tar"}
-    assert records(tars) == [("0/p0", "p0", "p0", ()), ("0/p1", "p1", "p1", ())]
-    listed = {"type": "io-json", "file": "memory://set/edit.json"}
-    assert records(listed) == [("1", "edit", "p1", ("p0",))]
-    source = build_source(tars)
-    system.pipe("/set/0.tar", (pictures / "0.tar").read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"expected .* bytes at .*, found"):
-        shown(source[0].target)
 
 
 def test_a_picture_in_a_record_twice_is_decoded_once(pictures):

@@ -65,7 +65,7 @@ def whole():
 
 def test_what_is_in_them(whole):
     assert {batch.arity for batch in whole} == {0, 1, 2, 3, 4}
-    assert {task for batch in whole for task in batch.tasks} == set(Task)
+    assert {task for batch in whole for task in batch.tasks} == set(MIXTURE)
     assert {batch.text_length for batch in whole} == {128, 256, 512}
     for number, batch in enumerate(whole):
         assert batch.number == number and batch.sample_numbers.dtype == np.uint32
@@ -138,7 +138,7 @@ def test_the_seed_orders_the_records(whole):
 
 def test_fixed_batches_are_of_one_task():
     made = batches()
-    for task in Task:
+    for task in MIXTURE:
         fixed = made.fixed_batches(task, 3)
         assert len(fixed) == 3 and {x for batch in fixed for x in batch.tasks} == {task}
         examples = made.examples(task, 11)

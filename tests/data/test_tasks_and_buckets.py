@@ -7,7 +7,7 @@ import pytest
 
 from wemmu_jax.data.buckets import Bucket, make_buckets, merge, nearest, query_grid
 from wemmu_jax.data.records import Picture, Record, source_counts, target_sizes
-from wemmu_jax.data.tasks import Task, arity, make_example
+from wemmu_jax.data.tasks import STAGE_TASKS, Task, arity, make_example
 
 
 def picture():
@@ -54,7 +54,10 @@ def test_examples():
         make_example(Task.S_EDIT, mute)
     with pytest.raises(ValueError, match="exactly once"):
         make_example(Task.T2I, plain, caption_template="a picture")
-    assert [task.value for task in Task] == ["T2I", "Uncond", "Rec", "S-Edit", "M-Edit"]
+    stages = ["T2I", "Uncond", "Rec", "S-Edit", "M-Edit"]
+    # The order is in every seed of every pool's order, see `Pool.record`.
+    assert [task.value for task in Task] == [*stages, "VQA"]
+    assert [task.value for task in STAGE_TASKS] == stages
 
 
 def test_optional_methods_of_a_source():

@@ -5,8 +5,9 @@ import pytest
 
 from wemmu_jax.miniworld.conversations import Conversation, corpus, describe, draw_conversation
 from wemmu_jax.miniworld.scene import Object, Scene
+from wemmu_jax.models.qwen2_5_vl.answers import TARGET_WEIGHTS
 from wemmu_jax.tiny.backbones import write_configs
-from wemmu_jax.tiny.vlm import WEIGHTS, Conversations
+from wemmu_jax.tiny.vlm import Conversations
 
 SCENE = Scene("navy", (Object("star", "orange", "centre"), Object("ring", "pink", "bottom left")))
 
@@ -55,10 +56,10 @@ def test_targets_are_the_answers_and_the_ends_of_their_turns(data, pictures):
     batch = data.encode([Conversation(turns, scenes)], (32, 64))
     tokens, weights = batch["tokens"][0], batch["weights"][0]
     prompts = data.prompts
-    answers = tokens[weights == WEIGHTS["assistant"]]
+    answers = tokens[weights == TARGET_WEIGHTS["assistant"]]
     assert prompts.decode(answers) == "orangeone"
     assert np.count_nonzero(answers == prompts.turn_end_id) == 2
-    users = tokens[weights == WEIGHTS["user"]]
+    users = tokens[weights == TARGET_WEIGHTS["user"]]
     assert prompts.decode(users) == "what colour is the star?how many rings are there?"
     assert (
         not weights[batch["feature_index"][0] >= 0].any() and not weights[~batch["valid"][0]].any()
@@ -70,7 +71,7 @@ def test_targets_are_the_answers_and_the_ends_of_their_turns(data, pictures):
 def test_turns_that_do_not_fit_are_left_out(data):
     turns = tuple(("describe the image", describe(SCENE)) for _ in range(9))
     batch = data.encode([Conversation(turns, (SCENE,))], (48, 48))
-    ends = batch["tokens"][0][batch["weights"][0] == WEIGHTS["assistant"]]
+    ends = batch["tokens"][0][batch["weights"][0] == TARGET_WEIGHTS["assistant"]]
     assert 2 <= np.count_nonzero(ends == data.prompts.turn_end_id) < 9
 
 

@@ -14,8 +14,12 @@ from wemmu_jax.miniworld.scene import Object, Scene, random_scene
 from wemmu_jax.miniworld.sources import KINDS, MiniworldSource
 
 
+def _pictures(record):
+    return [p for p in (*record.sources, record.target) if p is not None]
+
+
 def _scenes(record):
-    return [picture.load.args[0] for picture in (*record.sources, record.target)]
+    return [picture.load.args[0] for picture in _pictures(record)]
 
 
 def test_there_are_more_than_200_000_scenes():
@@ -46,9 +50,11 @@ def test_splits_share_no_scene_whatever_the_seed():
         ("caption", "train"): 6000,
         ("edit", "train"): 2000,
         ("composition", "train"): 300,
+        ("conversation", "train"): 300,
         ("caption", "held_out"): 1000,
         ("edit", "held_out"): 150,
         ("composition", "held_out"): 40,
+        ("conversation", "held_out"): 40,
     }
     drawn = {"train": [], "held_out": []}
     for (kind, split), seed in itertools.product(sizes, (0, 11)):
@@ -74,16 +80,18 @@ def test_records_are_a_pure_function_of_their_number(kind):
     for i in (0, 17, 999):
         record, same = source[i], again[i]
         assert record.key == same.key == f"miniworld/{kind}/train/3/{i}"
-        assert record.text == same.text
-        assert len(record.sources) == {"caption": 0, "edit": 1, "composition": 2}[kind]
-        for a, b in zip(
-            (*record.sources, record.target), (*same.sources, same.target), strict=True
-        ):
+        assert (record.text, record.turns) == (same.text, same.turns)
+        pictures = {"caption": 0, "edit": 1, "composition": 2, "conversation": 1}[kind]
+        assert len(record.sources) == pictures
+        talks = kind == "conversation"
+        assert (record.target is None) == bool(record.turns) == talks == source.conversations()[i]
+        for a, b in zip(_pictures(record), _pictures(same), strict=True):
             assert a.height is a.width is None
             a = pickle.loads(pickle.dumps(a))
             assert a.load(64, 96).shape == (64, 96, 3)
             np.testing.assert_array_equal(a.load(64, 96), b.load(64, 96))
-    assert len({source[i].text + _scenes(source[i])[-1].canonical for i in range(200)}) > 195
+    said = (f"{source[i].text} {source[i].turns} {_scenes(source[i])[-1]}" for i in range(200))
+    assert len(set(said)) > 195
     other = MiniworldSource(kind, seed=4, size=1000, split="train")
     assert _scenes(other[0]) != _scenes(source[0])
 

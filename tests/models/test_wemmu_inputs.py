@@ -1,7 +1,6 @@
 """From requests and training examples to arrays, on a merged token of 8 pixels and a latent of 16."""
 
 import dataclasses
-import types
 
 import jax
 import numpy as np
@@ -11,6 +10,7 @@ from tests.models import qwen_vocabulary
 from tests.models import wemmu_fixtures as fixtures
 from wemmu_jax.data.buckets import Bucket
 from wemmu_jax.data.records import Picture
+from wemmu_jax.data.tasks import Example, Task
 from wemmu_jax.models.qwen2_5_vl.images import patchify, slots_needed
 from wemmu_jax.models.qwen2_5_vl.prompt import PromptEncoder
 from wemmu_jax.models.wemmu.config import Connector, VAEStream
@@ -47,7 +47,8 @@ def example_of(sources: int, text: str = "the star"):
         return Picture(None, None, load)
 
     pictures = tuple(picture(number) for number in range(1, sources + 1))
-    return types.SimpleNamespace(text=text, sources=pictures, target=picture(0)), asked
+    task = (Task.T2I, Task.S_EDIT, Task.M_EDIT)[min(sources, 2)]
+    return Example(task, text, pictures, picture(0), "k"), asked
 
 
 @pytest.mark.parametrize("bridge", STREAMS.values(), ids=STREAMS)

@@ -148,7 +148,7 @@ def _token_counter(init: str | None):
     from wemmu_jax.training.origin import Origin
 
     prompts = PromptEncoder.load(Origin(init).backbones_folder / "vlm")
-    return lambda example: len(prompts.words(example.text))
+    return lambda example: sum(len(prompts.words(text)) for text in example.texts)
 
 
 def _encode(args: argparse.Namespace) -> None:

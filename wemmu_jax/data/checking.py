@@ -27,8 +27,9 @@ class Report:
     Attributes:
       records, pictures, bytes: how many could be read.
       sources: the number of source pictures -> records.
-      heights, widths: smallest, median and largest of the targets, pixels.
-      buckets: of the resolution asked for -> targets that are nearest to it.
+      conversations, turns: how many of the records are conversations, and the turns of all of them.
+      heights, widths: smallest, median and largest of the targets, and of conversations' first pictures; pixels.
+      buckets: of the resolution asked for -> records that are nearest to it.
       same_pictures: targets whose bytes another record's target has too.
       placeholders, long: texts with another format's placeholder, and texts of more than LONG characters.
       problems: what cannot be read.
@@ -38,6 +39,8 @@ class Report:
     pictures: int
     bytes: int
     sources: dict[int, int]
+    conversations: int
+    turns: int
     heights: tuple[int, int, int]
     widths: tuple[int, int, int]
     buckets: dict[Bucket, int]
@@ -59,6 +62,8 @@ class Report:
             f"long texts         {self.long:>12,}   over {LONG} characters, may be cut",
             f"unreadable         {len(self.problems):>12,}",
         ]
+        if self.conversations:
+            lines.insert(1, f"conversations      {self.conversations:>12,}   turns: {self.turns:,}")
         for kind, count in self.kinds().most_common(10):
             lines.append(f"  {count:>8,} x {kind}")
         lines.append("buckets")
@@ -93,13 +98,17 @@ def check(
     nearest = np.bincount(nearest_indices(buckets, source.sizes()), minlength=len(buckets))
     sums = source.index.checksums()
     numbers, records = np.unique(source.source_counts(), return_counts=True)
+    talks = source.conversations()
+    sizes = source.sizes()[~talks | (source.source_counts() > 0)]
     return Report(
         records=len(source) - (len(problems) - source.index.problem_count),
         pictures=counts["pictures"],
         bytes=counts["bytes"],
         sources=dict(zip(numbers.tolist(), records.tolist(), strict=True)),
-        heights=_spread(source.sizes()[:, 0]),
-        widths=_spread(source.sizes()[:, 1]),
+        conversations=int(np.count_nonzero(talks)),
+        turns=counts["turns"],
+        heights=_spread(sizes[:, 0]),
+        widths=_spread(sizes[:, 1]),
         buckets=dict(zip(buckets, nearest.tolist(), strict=True)),
         same_pictures=len(sums) - len(np.unique(sums)),
         placeholders=counts["placeholders"],
@@ -113,7 +122,10 @@ def _check_part(
 ) -> tuple[list[Problem], collections.Counter[str]]:
     problems, counts = [], collections.Counter()
     for number in range(start, stop):
-        key, text = source.index.key(number), source.index.text(number)
+        key, turns = source.index.key(number), source.index.turns(number)
+        said = [text for turn in turns for text in (turn.question, turn.answer)]
+        text = "\n".join(said or [source.index.text(number)])
+        counts["turns"] += len(turns)
         counts["placeholders"] += any(word in text for word in PLACEHOLDERS)
         counts["long"] += len(text) > LONG
         try:
@@ -128,6 +140,8 @@ def _check_part(
 
 
 def _spread(values: np.ndarray) -> tuple[int, int, int]:
+    if not len(values):  # conversations without pictures
+        return 0, 0, 0
     return int(values.min()), int(np.median(values)), int(values.max())
 
 

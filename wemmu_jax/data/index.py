@@ -4,11 +4,13 @@ An index is a folder of fixed-width columns, memory-mapped, so that twenty-five 
 workers share them. It is made by reading the whole set once, a unit (a shard, or a part of a list) at a time; units
 that are done are kept, so that a build that was stopped goes on.
 
-    sizes.npy          int32[N, 2]    height and width of each target, as it is looked at
+    sizes.npy          int32[N, 2]    height and width of each target, as it is looked at; of a conversation's first
+                                      picture, 1 x 1 where there is none
     source_counts.npy  uint8[N]
+    conversations.npy  bool[N]
     records.npy        RECORD[N]      where key, text and pictures are
-    pictures.npy       PICTURE[M]     of each record the target, then its sources
-    texts.bin          keys and texts, UTF-8
+    pictures.npy       PICTURE[M]     of each record the target, if there is one, then its sources
+    texts.bin          keys and texts, UTF-8; a conversation's text is the JSON of its turns
     names.npy          int64[F + 1]   where each file's name begins in names.bin
     names.bin
     problems.jsonl     what cannot be a record: key and reason
@@ -28,9 +30,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from wemmu_jax.data.pictures import picture_size
+from wemmu_jax.data.records import Turn
 from wemmu_jax.files import read_object, write_json
 
-VERSION = 1
+VERSION = 2
 MOST_SOURCES = 4  # of a record: the curriculum composes one to four pictures
 
 RECORD = np.dtype(
@@ -39,7 +42,7 @@ RECORD = np.dtype(
 PICTURE = np.dtype(
     [("at", "<u8"), ("file", "<u4"), ("size", "<u4"), ("crc", "<u4"), ("height", "<u4"), ("width", "<u4")]
 )  # fmt: skip
-_COLUMNS = ("sizes", "source_counts", "records", "pictures", "names")
+_COLUMNS = ("sizes", "source_counts", "conversations", "records", "pictures", "names")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,11 +62,13 @@ class Place:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A record as a scan finds it: its key, its text, and its target's place before those of its sources."""
+    """A record as a scan finds it: its key, its text, and its target's place before those of its sources. A
+    conversation has turns, no text and no target."""
 
     key: str
     text: str
     places: tuple[Place, ...]
+    turns: tuple[Turn, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +110,9 @@ class Index:
 
     Attributes:
       folder: where it lies.
-      sizes: int32[N, 2], (height, width) of each target.
+      sizes: int32[N, 2], (height, width) of each target; of a conversation's first picture, 1 x 1 where there is none.
       source_counts: uint8[N], the source pictures of each record.
+      conversations: bool[N], which records are conversations.
     """
 
     def __init__(self, folder: str | pathlib.Path):
@@ -122,6 +128,7 @@ class Index:
         if found != meta["rows"]:
             raise ValueError(f"{folder}: expected rows {meta['rows']}, found {found}: delete it")
         self.sizes, self.source_counts = loaded["sizes"], loaded["source_counts"]
+        self.conversations = loaded["conversations"]
         self._records, self._pictures = loaded["records"], loaded["pictures"]
         self._names_at = loaded["names"]
         self._texts, self._names = (_map(self.folder / name) for name in ("texts.bin", "names.bin"))
@@ -138,23 +145,28 @@ class Index:
         return self._texts[at : at + size].decode()
 
     def text(self, index: int) -> str:
-        """The caption or instruction of a record."""
-        record = self._records[index]
-        at = int(record["text_at"]) + int(record["key_size"])
-        return self._texts[at : at + int(record["text_size"])].decode()
+        """The caption or instruction of a record; empty for a conversation."""
+        return "" if self.conversations[index] else self._text(index)
+
+    def turns(self, index: int) -> tuple[Turn, ...]:
+        """A conversation's turns; none for another record."""
+        if not self.conversations[index]:
+            return ()
+        return tuple(Turn(*turn) for turn in json.loads(self._text(index)))
 
     def pictures(self, index: int) -> tuple[Found, ...]:
-        """A record's target, then its sources."""
+        """A record's target, if it has one, then its sources."""
         first = int(self._records["pictures_at"][index])
-        rows = self._pictures[first : first + 1 + int(self.source_counts[index])]
+        count = int(self.source_counts[index]) + (not self.conversations[index])
+        rows = self._pictures[first : first + count]
         return tuple(
             Found(Place(self._name(file), at, size), crc, height, width)
             for at, file, size, crc, height, width in rows.tolist()
         )
 
     def checksums(self) -> np.ndarray:
-        """uint32[N], the CRC-32 of each record's target."""
-        return self._pictures["crc"][self._records["pictures_at"]]
+        """uint32[n], the CRC-32 of each target."""
+        return self._pictures["crc"][self._records["pictures_at"][~self.conversations]]
 
     def problems(self) -> list[Problem]:
         """What could not be a record."""
@@ -166,6 +178,11 @@ class Index:
         """How many `problems` there are."""
         return read_object(self.folder / "meta.json")["problems"]
 
+    def _text(self, index: int) -> str:
+        record = self._records[index]
+        at = int(record["text_at"]) + int(record["key_size"])
+        return self._texts[at : at + int(record["text_size"])].decode()
+
     def _name(self, file: int) -> str:
         start, end = self._names_at[file : file + 2].tolist()
         return self._names[start:end].decode()
@@ -175,7 +192,7 @@ def write_part(format: Format, entries: Iterable[Entry | Problem], folder: pathl
     """Reads and measures every picture of `entries` and writes them as an index of their own, whole or not at all."""
     partial = folder.with_name(f"{folder.name}.partial-{uuid.uuid4()}")
     partial.mkdir(parents=True)
-    sizes, source_counts, records, pictures = [], [], [], []
+    sizes, source_counts, conversations, records, pictures = [], [], [], [], []
     names: dict[str, int] = {}
     text_at = 0
     with (partial / "texts.bin").open("wb") as texts, _problem_file(partial) as problems:
@@ -184,12 +201,13 @@ def write_part(format: Format, entries: Iterable[Entry | Problem], folder: pathl
             if isinstance(found, Problem):
                 problems.write(json.dumps(dataclasses.asdict(found), ensure_ascii=False) + "\n")
                 continue
-            key, text = entry.key.encode(), entry.text.encode()
+            key, text = entry.key.encode(), _stored_text(entry).encode()
             texts.write(key + text)
             records.append((text_at, len(pictures), len(text), len(key)))
             text_at += len(key) + len(text)
-            sizes.append((found[0].height, found[0].width))
-            source_counts.append(len(found) - 1)
+            sizes.append((found[0].height, found[0].width) if found else (1, 1))
+            source_counts.append(len(found) - (not entry.turns))
+            conversations.append(bool(entry.turns))
             for one in found:
                 file = names.setdefault(one.place.path, len(names))
                 place = one.place
@@ -199,6 +217,7 @@ def write_part(format: Format, entries: Iterable[Entry | Problem], folder: pathl
     columns = {
         "sizes": np.array(sizes, np.int32).reshape(-1, 2),
         "source_counts": np.array(source_counts, np.uint8),
+        "conversations": np.array(conversations, bool),
         "records": np.array(records, RECORD),
         "pictures": np.array(pictures, PICTURE),
         "names": np.cumsum([0, *map(len, encoded)], dtype=np.int64),
@@ -272,10 +291,9 @@ def _measure(format: Format, entry: Entry) -> tuple[Found, ...] | Problem:
     try:
         if not entry.key or len(entry.key.encode()) > 65535:
             raise ValueError(f"expected a key of 1 to 65535 bytes, found {entry.key[:80]!r}")
-        if not 1 <= len(entry.places) <= MOST_SOURCES + 1:
-            raise ValueError(
-                f"expected at most {MOST_SOURCES} source pictures, found {len(entry.places) - 1}"
-            )
+        sources = len(entry.places) - (not entry.turns)
+        if not 0 <= sources <= MOST_SOURCES:
+            raise ValueError(f"expected at most {MOST_SOURCES} source pictures, found {sources}")
         for place in dict.fromkeys(entry.places):
             data = format.read(place.path, place.at, place.size)
             height, width = picture_size(data, name=f"{place.path} at {place.at}")
@@ -284,6 +302,12 @@ def _measure(format: Format, entry: Entry) -> tuple[Found, ...] | Problem:
     except (ValueError, OSError) as error:
         return Problem(entry.key[:200].encode(errors="replace").decode(), str(error))
     return tuple(found[place] for place in entry.places)
+
+
+def _stored_text(entry: Entry) -> str:
+    if not entry.turns:
+        return entry.text
+    return json.dumps([dataclasses.astuple(turn) for turn in entry.turns], ensure_ascii=False)
 
 
 def _problem_file(folder: pathlib.Path):

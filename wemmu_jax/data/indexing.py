@@ -134,7 +134,7 @@ def _recaptioned(
 ) -> Iterator[Entry | Problem]:
     captions = load_captions(tuple(storage.expand(paths)))
     for entry in entries:
-        if isinstance(entry, Entry):
+        if isinstance(entry, Entry) and not entry.turns:
             text = captions.get(entry.key)
             if text is None:
                 yield Problem(entry.key, "the sidecars have no caption for it")

@@ -50,7 +50,8 @@ def _pack_shard(source: IndexedSource, start: int, stop: int, file: str) -> list
         except (ValueError, OSError) as error:
             problems.append(Problem(key, str(error)))
             continue
-        out.write(array_record.pack(key, source.index.text(number), pictures))
+        index = source.index
+        out.write(array_record.pack(key, index.text(number), pictures, index.turns(number)))
     out.close()
     os.replace(partial, file)
     return problems

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from wemmu_jax.data.records import Picture
+from wemmu_jax.data.resize import lanczos
 
 # PIL warns from here on and refuses twice as many; a data set has no use for either.
 MAX_PIXELS = 89_478_485
@@ -55,7 +56,10 @@ def upright_rgb(image: Image.Image, *, name: str) -> Image.Image:
     Raises:
       ValueError: its pixels have no fixed range.
     """
-    return _rgb(ImageOps.exif_transpose(image), name)
+    # Both functions would copy a picture that is as it should be.
+    if image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    return _rgb(image, name)
 
 
 def picture_size(data: bytes | str | pathlib.Path, *, name: str) -> tuple[int, int]:
@@ -70,14 +74,15 @@ def picture_size(data: bytes | str | pathlib.Path, *, name: str) -> tuple[int, i
         raise _PictureError(f"{name}: its header cannot be read: {error}") from error
 
 
-def cover(image: Image.Image, height: int, width: int) -> np.ndarray:
-    """uint8[height, width, 3]: `image` scaled to cover the size, cropped at its centre (Lanczos, antialiased)."""
-    scale = max(height / image.height, width / image.width)
-    crop_height = min(height / scale, image.height)
-    crop_width = min(width / scale, image.width)
-    top, left = (image.height - crop_height) / 2, (image.width - crop_width) / 2
-    box = (left, top, left + crop_width, top + crop_height)
-    return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS, box=box))
+def cover(image: Image.Image | np.ndarray, height: int, width: int) -> np.ndarray:
+    """uint8[height, width, 3]: `image`, RGB or uint8[H, W, 3], scaled to cover the size, cropped at its centre."""
+    pixels = np.asarray(image)
+    own_height, own_width, _ = pixels.shape
+    scale = max(height / own_height, width / own_width)
+    crop_height = min(height / scale, own_height)
+    crop_width = min(width / scale, own_width)
+    top, left = (own_height - crop_height) / 2, (own_width - crop_width) / 2
+    return lanczos(pixels, height, width, (left, top, left + crop_width, top + crop_height))
 
 
 def shown_whole(picture: Picture) -> Picture:
@@ -109,7 +114,7 @@ def lazy_picture(
 ) -> Picture:
     """The picture whose bytes `read` gives and whose (height, width) is known. Decoded on its first use and then kept,
     because a source is used twice, by the ViT and by the DC-AE; a `Picture` lives no longer than its row's encoding."""
-    decoded = functools.cache(lambda: open_picture(read(), name=name))
+    decoded = functools.cache(lambda: np.asarray(open_picture(read(), name=name)))
     return Picture(*size, lambda height, width: cover(decoded(), height, width), identity)
 
 
@@ -144,7 +149,7 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
         picture = image.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")
         return Image.alpha_composite(white, picture).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _from_16_bit(image: Image.Image, name: str) -> Image.Image:

@@ -17,7 +17,7 @@ import numpy as np
 from wemmu_jax.data import buckets as buckets_lib
 from wemmu_jax.data import turns
 from wemmu_jax.data.buckets import Bucket
-from wemmu_jax.data.records import RecordSource, source_counts, target_sizes
+from wemmu_jax.data.records import RecordSource, conversations, source_counts, target_sizes
 from wemmu_jax.data.tasks import Task, arities
 
 # Weights count in fractions of a millionth, see `turns.exact`; a smaller one would be none.
@@ -161,14 +161,17 @@ def _order(size: int, entropy: tuple[int, ...]) -> grain.MapDataset:
 
 
 class _Division:
-    """(source, arities that it has to have) -> its records of each bucket; those that several tasks share are there
-    once."""
+    """(source, numbers of source pictures, whether conversations) -> its records of each bucket; those that several
+    tasks share are there once."""
 
     def __init__(self, buckets: Sequence[Bucket]):
         self._buckets = buckets
 
-    def __call__(self, source: RecordSource, counts: tuple[int, ...]) -> tuple[np.ndarray, ...]:
-        members = np.flatnonzero(np.isin(source_counts(source), counts)).astype(np.int32)
+    def __call__(
+        self, source: RecordSource, counts: tuple[int, ...], talks: bool
+    ) -> tuple[np.ndarray, ...]:
+        serving = np.isin(source_counts(source), counts) & (conversations(source) == talks)
+        members = np.flatnonzero(serving).astype(np.int32)
         sizes = target_sizes(source)
         if sizes is None:
             return (members,)
@@ -177,7 +180,9 @@ class _Division:
 
 
 def _pools_of(feed: Feed, index: int, divide: Callable) -> list[Pool]:
-    counts, sizes = np.unique(source_counts(feed.source), return_counts=True)
+    talks = feed.task is Task.VQA
+    own_kind = conversations(feed.source) == talks
+    counts, sizes = np.unique(source_counts(feed.source)[own_kind], return_counts=True)
     own = arities(feed.task, counts)
     serving = int(sizes[own >= 0].sum())
     if not serving:
@@ -189,7 +194,7 @@ def _pools_of(feed: Feed, index: int, divide: Callable) -> list[Pool]:
     for arity in np.unique(own[own >= 0]).tolist():
         share = Fraction(int(sizes[own == arity].sum()), serving)
         weight = turns.exact(feed.weight) * share
-        members = divide(feed.source, tuple(counts[own == arity].tolist()))
+        members = divide(feed.source, tuple(counts[own == arity].tolist()), talks)
         pools.append(Pool(feed.task, arity, index, weight, members, any_size))
     return pools
 

@@ -64,11 +64,14 @@ def _line(data, number: int, candidates: Candidates, tokens: int, bucket, size) 
     )
     try:
         sources = "".join(_image(source.load(*size)) for source in example.sources)
-        target = _image(example.target.load(bucket.height, bucket.width))
+        drawn = example.target
+        target = "" if drawn is None else _image(drawn.load(bucket.height, bucket.width))
     except (ValueError, OSError) as error:
         sources, target = "", f"<b>replaced: {html.escape(str(error))}</b>"
-    prompt = html.escape(example.text) or "<i>empty</i>"
-    return f"<tr><td>{about}<td>{sources}<td><code>{prompt}</code><td>{target}"
+    said = (
+        f"<code>{html.escape(text)}</code>" if text else "<i>empty</i>" for text in example.texts
+    )
+    return f"<tr><td>{about}<td>{sources}<td>{'<br>'.join(said)}<td>{target}"
 
 
 def _image(pixels) -> str:

@@ -15,7 +15,14 @@ import yaml
 
 from wemmu_jax.data import storage
 from wemmu_jax.data.formats.array_record import ArrayRecord
-from wemmu_jax.data.formats.lists import Folder, IoJson, OmniGen2, Sidecar, UniWorld
+from wemmu_jax.data.formats.lists import (
+    Conversations,
+    Folder,
+    IoJson,
+    OmniGen2,
+    Sidecar,
+    UniWorld,
+)
 from wemmu_jax.data.formats.parquet import Bagel, ImgEdit
 from wemmu_jax.data.formats.tar import Webdataset
 from wemmu_jax.data.index import Format, Found, Index, Problem
@@ -30,6 +37,7 @@ FORMATS: dict[str, Callable[..., Format]] = {
     "sidecar": Sidecar,
     "io-json": IoJson,
     "uniworld": UniWorld,
+    "conversations": Conversations,
     "omnigen2": OmniGen2,
     "bagel": Bagel,
     "imgedit": ImgEdit,
@@ -56,16 +64,23 @@ class IndexedSource:
         found = self.index.pictures(number)
         # A picture that is in a record twice is decoded once.
         pictures = {one.place: self._picture(one) for one in found}
-        target, *sources = (pictures[one.place] for one in found)
-        return Record(self.index.key(number), self.index.text(number), tuple(sources), target)
+        shown = tuple(pictures[one.place] for one in found)
+        key, turns = self.index.key(number), self.index.turns(number)
+        if turns:
+            return Record(key, "", shown, None, turns)
+        return Record(key, self.index.text(number), shown[1:], shown[0])
 
     def sizes(self) -> np.ndarray:
-        """int32[N, 2], (height, width) of each target."""
+        """int32[N, 2], (height, width) of each target, or of a conversation's first picture."""
         return self.index.sizes
 
     def source_counts(self) -> np.ndarray:
         """uint8[N], source pictures of each record."""
         return self.index.source_counts
+
+    def conversations(self) -> np.ndarray:
+        """bool[N], which records are conversations."""
+        return self.index.conversations
 
     def problems(self) -> list[Problem]:
         """What of the set could not be a record."""

@@ -37,7 +37,8 @@ def join(folder: str, name: str) -> str:
     parts = pathlib.PurePosixPath(name)
     if parts.is_absolute() or ".." in parts.parts or is_remote(name) or not name:
         raise ValueError(f"{name!r} leads out of its folder {folder}")
-    return f"{folder.rstrip('/')}/{parts}"
+    # Of a bucket, unlike of a disk, `folder/./name` is another name; `.` has no parts.
+    return "/".join((folder.rstrip("/"), *parts.parts))
 
 
 def parent(path: str) -> str:
@@ -110,7 +111,10 @@ def read(path: str, offset: int = 0, size: int = -1) -> bytes:
     if is_remote(path):
         system, name = _system(path)
         end = None if size < 0 else offset + size
-        data = _patiently(system.cat_file, name, start=offset, end=end)
+        try:
+            data = _patiently(system.cat_file, name, start=offset, end=end)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{path}: no such file") from None
     else:
         data = _read_local(path, offset, size)
     if size >= 0 and len(data) != size:

@@ -1,4 +1,5 @@
-"""The five training tasks of the curriculum (design section 2), each a pure function of a record."""
+"""The five training tasks of the curriculum (design section 2), and turns of questions and answers, from which a VLM
+learns; each a pure function of a record."""
 
 import dataclasses
 import enum
@@ -7,7 +8,7 @@ import numpy as np
 
 from wemmu_jax.data import prompts
 from wemmu_jax.data.pictures import shown_whole
-from wemmu_jax.data.records import Picture, Record
+from wemmu_jax.data.records import Picture, Record, Turn
 
 
 class Task(enum.Enum):
@@ -18,6 +19,11 @@ class Task(enum.Enum):
     REC = "Rec"
     S_EDIT = "S-Edit"
     M_EDIT = "M-Edit"
+    VQA = "VQA"
+
+
+# What a stage can train: it leaves the VLM, which answers, as it is.
+STAGE_TASKS = tuple(task for task in Task if task is not Task.VQA)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,17 +32,25 @@ class Example:
 
     Attributes:
       task: the task that asks.
-      text: the prompt, without the chat template.
+      text: the prompt, without the chat template; empty for VQA.
       sources: the pictures in the prompt; their number is the arity.
-      target: the picture to be drawn.
+      target: the picture to be drawn; None for VQA.
       key: the record's key.
+      turns: questions and answers, for VQA.
     """
 
     task: Task
     text: str
     sources: tuple[Picture, ...]
-    target: Picture
+    target: Picture | None
     key: str
+    turns: tuple[Turn, ...] = ()
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """All that is said: the prompt, or questions and answers in turn."""
+        said = tuple(text for turn in self.turns for text in (turn.question, turn.answer))
+        return said or (self.text,)
 
 
 def arities(task: Task, source_counts: np.ndarray) -> np.ndarray:
@@ -44,7 +58,7 @@ def arities(task: Task, source_counts: np.ndarray) -> np.ndarray:
 
     Args:
       task: the task.
-      source_counts: int[N], source pictures of each record.
+      source_counts: int[N], source pictures of each record; of conversations for VQA, of others for all else.
 
     Returns:
       int[N]; -1 where the record cannot serve the task. Rec and Uncond take any record's target.
@@ -54,6 +68,8 @@ def arities(task: Task, source_counts: np.ndarray) -> np.ndarray:
             return np.zeros_like(source_counts)
         case Task.REC:
             return np.ones_like(source_counts)
+        case Task.VQA:
+            return source_counts
         case Task.T2I:
             serves = source_counts == 0
         case Task.S_EDIT:
@@ -65,6 +81,9 @@ def arities(task: Task, source_counts: np.ndarray) -> np.ndarray:
 
 def arity(task: Task, record: Record) -> int:
     """`arities` of one record; a ValueError where it cannot serve the task."""
+    if bool(record.turns) != (task is Task.VQA):
+        found = "is a conversation" if record.turns else "has no turns"
+        raise ValueError(f"record {record.key!r} {found} and cannot serve task {task.value}")
     pictures = int(arities(task, np.array(len(record.sources))))
     if pictures < 0:
         found = f"{len(record.sources)} source picture(s)"
@@ -92,6 +111,6 @@ def make_example(
             text, sources = prompts.RECONSTRUCTION_PROMPT, (record.target,)
         case Task.S_EDIT:
             text, sources = record.text, record.sources
-        case Task.M_EDIT:
+        case Task.M_EDIT | Task.VQA:
             text, sources = record.text, tuple(map(shown_whole, record.sources))
-    return Example(task, text, sources, record.target, record.key)
+    return Example(task, text, sources, record.target, record.key, record.turns)

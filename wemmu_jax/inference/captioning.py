@@ -201,7 +201,10 @@ def _caption_part(source, captioner: Captioner, numbers: np.ndarray, pool, part:
 
 def _load(source: IndexedSource, bucket: Bucket, number: int) -> np.ndarray | str:
     try:
-        return source[number].target.load(bucket.height, bucket.width)
+        target = source[number].target
+        if target is None:
+            raise ValueError("a conversation has no picture of its own to describe")
+        return target.load(bucket.height, bucket.width)
     except (ValueError, OSError) as error:
         return str(error)
 

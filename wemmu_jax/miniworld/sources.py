@@ -1,18 +1,21 @@
 """Miniworld as record sources for training: nothing is stored, each record is drawn when it is asked for."""
 
+import dataclasses
 import functools
 from typing import Literal
 
 import numpy as np
 
-from wemmu_jax.data.records import Picture, Record
+from wemmu_jax.data.records import Picture, Record, Turn
 from wemmu_jax.miniworld.compositions import draw_composition
+from wemmu_jax.miniworld.conversations import Conversation, draw_conversation
 from wemmu_jax.miniworld.edits import draw_edit
 from wemmu_jax.miniworld.language import caption
 from wemmu_jax.miniworld.renderer import render
 from wemmu_jax.miniworld.scene import SPLITS, Scene, Split, draw_scene
 
-Kind = Literal["caption", "edit", "composition"]
+Kind = Literal["caption", "edit", "composition", "conversation"]
+TURNS = 5  # the most of a conversation
 Drawn = tuple[str, tuple[Scene, ...], Scene]  # text, sources, target
 
 
@@ -32,16 +35,23 @@ def _composition(rng: np.random.Generator, split: Split) -> Drawn:
 
 
 _DRAW = {"caption": _caption, "edit": _edit, "composition": _composition}
-KINDS: tuple[Kind, ...] = tuple(_DRAW)
+KINDS: tuple[Kind, ...] = (*_DRAW, "conversation")
 
 
 def _picture(scene: Scene) -> Picture:
     return Picture(None, None, functools.partial(render, scene))
 
 
+def conversation_record(key: str, drawn: Conversation) -> Record:
+    """A conversation as a record: its pictures come before the first question."""
+    turns = [Turn(*turn) for turn in drawn.turns]
+    turns[0] = dataclasses.replace(turns[0], pictures=len(drawn.scenes))
+    return Record(key, "", tuple(map(_picture, drawn.scenes)), None, tuple(turns))
+
+
 class MiniworldSource:
     """`size` records of one kind. Record i is a pure function of (kind, seed, split, i); two splits share no
-    scene and no wording, whatever their seeds."""
+    scene and no wording, whatever their seeds. Conversations are about one picture."""
 
     def __init__(self, kind: Kind, *, seed: int, size: int, split: Split):
         """Raises ValueError for an unknown kind or split."""
@@ -60,10 +70,18 @@ class MiniworldSource:
             raise IndexError(f"record {index} of a miniworld source of {self.size}")
         stream = KINDS.index(self.kind) * len(SPLITS) + SPLITS.index(self.split)
         rng = np.random.default_rng([self.seed, int(index), stream])
-        text, sources, target = _DRAW[self.kind](rng, self.split)
         key = f"miniworld/{self.kind}/{self.split}/{self.seed}/{index}"
+        if self.kind == "conversation":
+            return conversation_record(
+                key, draw_conversation(rng, self.split, pictures=1, turns=TURNS)
+            )
+        text, sources, target = _DRAW[self.kind](rng, self.split)
         return Record(key, text, tuple(map(_picture, sources)), _picture(target))
 
     def sizes(self) -> None:
         """A miniworld picture can be had at any size."""
         return None
+
+    def conversations(self) -> np.ndarray:
+        """bool[N]: all of that kind, none of another."""
+        return np.full(self.size, self.kind == "conversation")

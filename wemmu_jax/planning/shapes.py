@@ -10,7 +10,7 @@ from wemmu_jax.data.buckets import Bucket
 from wemmu_jax.data.pools import Pool, gather_pools
 from wemmu_jax.data.schedule import Schedule
 from wemmu_jax.data.sources import build_feeds
-from wemmu_jax.data.tasks import Task
+from wemmu_jax.data.tasks import STAGE_TASKS, Task
 from wemmu_jax.planning.flops import Learns, sample_flops
 from wemmu_jax.planning.programs import Key, Setting
 
@@ -38,7 +38,7 @@ def shares(setting: Setting) -> dict[Shape, float]:
     By the config's data sets; without any, all buckets alike, and as many sources as each task usually has.
     """
     config, buckets = setting.config, setting.run.buckets
-    mixture = {task: config.data.mixture[task.value] for task in Task}
+    mixture = {task: config.data.mixture[task.value] for task in STAGE_TASKS}
     mixture = {task: weight for task, weight in mixture.items() if weight}
     if config.data.sources:
         feeds = build_feeds([dict(entry) for entry in config.data.sources])

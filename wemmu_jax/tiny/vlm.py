@@ -11,10 +11,12 @@ import numpy as np
 import optax
 
 from wemmu_jax.conversion.backbones import VLM
+from wemmu_jax.data.buckets import Bucket
+from wemmu_jax.data.tasks import Task, make_example
 from wemmu_jax.miniworld.conversations import Conversation, draw_conversation
 from wemmu_jax.miniworld.questions import KINDS, draw_question
-from wemmu_jax.miniworld.renderer import render
-from wemmu_jax.models.qwen2_5_vl.prompt import ROLES, user_turn
+from wemmu_jax.miniworld.sources import TURNS, conversation_record
+from wemmu_jax.models.qwen2_5_vl.answers import TARGET_WEIGHTS
 from wemmu_jax.models.qwen2_5_vl.text import Pattern
 from wemmu_jax.models.wemmu.config import BridgeConfig, WeMMUConfig
 from wemmu_jax.models.wemmu.inputs import RowEncoder
@@ -24,12 +26,10 @@ from wemmu_jax.tiny.loop import Recipe
 from wemmu_jax.tiny.pictures import SIZES, batch_rng, draw_size
 from wemmu_jax.training.optimizer import OptimizerConfig
 
-ROWS, STEPS, TURNS = 32, 5000, 5
+ROWS, STEPS = 32, 5000
 TEXT_LENGTH = 144
 # Share of batches with none, one and two pictures.
 _ARITIES = (0.1, 0.75, 0.15)
-# Of tokens as targets. The words of users teach the language; the answers are what counts.
-WEIGHTS = {"system": 0.0, "user": 0.1, "assistant": 1.0}
 HELD_OUT = 64
 
 
@@ -42,53 +42,22 @@ class Conversations:
         grids = [self.config.source_grid(*size) for size in SIZES]
         self._rows = RowEncoder.load(root, self.config).sized(grids, multiple=4)
         self.prompts = self._rows.prompts
-        self._headers = {role: self.prompts.words(f"{role}\n") for role in ROLES}
 
     def encode(
         self, conversations: Sequence[Conversation], size: tuple[int, int]
     ) -> dict[str, object]:
         """Rows with equally many pictures, all of `size`: `tokens`, `feature_index`, `position_ids`, `valid`,
         `weights` float32[B, L] of each token as a target, `images` or None."""
-        rows = [self._row(one, size) for one in conversations]
+        records = [conversation_record(str(n), one) for n, one in enumerate(conversations)]
+        rows = [
+            self._rows.encode_example(make_example(Task.VQA, record), Bucket(*size), TEXT_LENGTH)
+            for record in records
+        ]
         arrays = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
         arrays["position_ids"] = np.moveaxis(arrays["position_ids"], 1, 0)
-        pictures = [render(s, *size) for one in conversations for s in one.scenes]
-        return {**arrays, "images": self._rows.pack(pictures) if pictures else None}
-
-    def _row(self, one: Conversation, size: tuple[int, int]) -> dict[str, np.ndarray]:
-        prompts, tokens = self.prompts, self._rows.shapes.tokens
-        pictures = len(one.scenes)
-        grids = [self.config.source_grid(*size)] * pictures
-        length = TEXT_LENGTH + pictures * tokens
-        messages = []
-        for number, (question, answer) in enumerate(one.turns):
-            turn = user_turn(question, images=pictures if number == 0 else 0)
-            messages += [turn, {"role": "assistant", "content": answer}]
-        prompt = prompts.encode(
-            messages, grids, vae_tokens=False, source_tokens=tokens, open_image=False
-        )
-        if len(prompt.tokens) > length:
-            return self._row(Conversation(one.turns[:-1], one.scenes), size)
-        padded = prompts.pad(prompt, length)
-        return {
-            "tokens": padded.tokens,
-            "feature_index": padded.feature_index,
-            "position_ids": padded.position_ids,
-            "valid": padded.valid,
-            "weights": self._weights(padded),
-        }
-
-    def _weights(self, padded) -> np.ndarray:
-        """Of each token, by whose turn it belongs to; the end of a turn belongs to it, its header does not."""
-        tokens, prompts = list(padded.tokens), self.prompts
-        weights = np.zeros(len(tokens), np.float32)
-        starts = np.flatnonzero(padded.tokens == prompts.turn_start_id) + 1
-        for start in starts[:-1]:  # the last one opens an answer that is not there
-            role = next(r for r, ids in self._headers.items() if tokens[start:][: len(ids)] == ids)
-            body = start + len(self._headers[role])
-            weights[body : tokens.index(prompts.turn_end_id, body) + 1] = WEIGHTS[role]
-        weights[padded.feature_index >= 0] = 0.0
-        return weights
+        pixels = arrays.pop("vit_pixels", None)
+        images = None if pixels is None else self._rows.pack(list(np.concatenate(pixels)))
+        return {**arrays, "images": images}
 
 
 def _token_losses(model: WeMMUModel, params: Mapping, batch: Mapping) -> tuple[jax.Array, ...]:
@@ -115,7 +84,7 @@ def recipe(root: pathlib.Path, *, seed: int, steps: int) -> Recipe:
 
     def loss(params: Mapping, _, batch: Mapping, key: jax.Array):
         losses, right, weights = _token_losses(model, params, batch)
-        answers = weights == WEIGHTS["assistant"]
+        answers = weights == TARGET_WEIGHTS["assistant"]
         total = jnp.sum(losses * weights) / jnp.sum(weights)
         return total, {"answer_accuracy": jnp.sum(right & answers) / jnp.sum(answers)}
 
@@ -147,7 +116,7 @@ def recipe(root: pathlib.Path, *, seed: int, steps: int) -> Recipe:
 def _right(model: WeMMUModel, params: Mapping, batch: Mapping) -> jax.Array:
     """bool[B]: greedy decoding would give the whole answer, since it is right wherever all before it is right."""
     _, right, weights = _token_losses(model, params, batch)
-    return jnp.all(right | (weights < WEIGHTS["assistant"]), axis=1)
+    return jnp.all(right | (weights < TARGET_WEIGHTS["assistant"]), axis=1)
 
 
 def _evaluate(data: Conversations, right, params: Mapping) -> dict[str, float]:

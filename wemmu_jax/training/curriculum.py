@@ -18,11 +18,16 @@ import jax.numpy as jnp
 import ml_collections
 
 from wemmu_jax.data.pools import LEAST_WEIGHT
-from wemmu_jax.data.tasks import Task
+from wemmu_jax.data.tasks import STAGE_TASKS, Task
 from wemmu_jax.diffusion.flow import TimeLaw
 from wemmu_jax.models.wemmu.config import BridgeConfig
 from wemmu_jax.ops.attention import AttentionBackend
 from wemmu_jax.training.optimizer import FreezeRule, OptimizerConfig
+
+_NO_VQA = (
+    f"data.mixture: no stage trains on {Task.VQA.value}, because the VLM, which answers, is frozen in all of them; "
+    "`wemmu miniworld pretrain vlm` trains one"
+)
 
 FROZEN_BACKBONES = (("vlm/", False), ("dc_ae/", False))
 BRIDGE_LEARNS = (*FROZEN_BACKBONES, ("dit/", False), (".*", True))  # stage 1
@@ -151,6 +156,8 @@ def load_config(spec: str, overrides: dict[str, Any] | None = None) -> ml_collec
             old = _lookup(config, key)
             config.update_from_flattened_dict({key: _like(old, value)})
         except (KeyError, AttributeError) as error:
+            if key == f"data.mixture.{Task.VQA.value}":
+                raise ValueError(f"{spec}: {_NO_VQA}") from None
             hint = str(error.args[0]).rpartition("\n")[2]  # ConfigDict's own: did you mean ...?
             raise ValueError(f"{spec} has no key {key!r}: {hint}") from None
         except (TypeError, ValueError, OverflowError) as error:
@@ -169,6 +176,8 @@ def _config_of_file(path: str, stage: str) -> ml_collections.ConfigDict:
             raise ValueError("a config file must define get_config(stage)")
         config = module.get_config(stage)
     except Exception as error:  # the file is the user's own, and may raise anything
+        if f'Key "{Task.VQA.value}" does not exist' in str(error):
+            raise ValueError(f"{path}: {_NO_VQA}") from error
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise ValueError(f"{path}: {kind}{error}") from error
     if not isinstance(config, ml_collections.ConfigDict):
@@ -268,7 +277,7 @@ _EXPECTED: dict[str, tuple[_Test, str]] = {
             _is_weight,
             f"0 (off) or a finite number of at least {LEAST_WEIGHT}",
         )
-        for task in Task
+        for task in STAGE_TASKS
     },
     "data.sources": _DATA_SETS,
     "data.held_out": _DATA_SETS,
@@ -302,6 +311,8 @@ _EXPECTED: dict[str, tuple[_Test, str]] = {
 
 
 def _check_values(config: ml_collections.ConfigDict) -> None:
+    if Task.VQA.value in config.data.mixture:
+        raise ValueError(_NO_VQA)
     for key, (makes_sense, expected) in _EXPECTED.items():
         value = _lookup(config, key)
         if not makes_sense(value):

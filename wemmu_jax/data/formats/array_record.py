@@ -1,7 +1,7 @@
 """ArrayRecord files as `wemmu data pack` writes them: one record each, its pictures as they were.
 
 A record is a JSON object and the pictures' bytes: `{"key", "text", "sizes": [bytes of the target, of a source, ...]}`,
-a newline, the target, the sources.
+a newline, the target, the sources. A conversation has no target, and `"turns": [[question, answer, pictures], ...]`.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ from array_record.python import array_record_module
 from wemmu_jax.data import storage
 from wemmu_jax.data.formats.parquet import ELEMENTS
 from wemmu_jax.data.index import Entry, Place, Problem
+from wemmu_jax.data.records import Turn
 
 _CHUNK = 256  # records read at once in a scan
 
@@ -51,7 +52,8 @@ class ArrayRecord:
                     places = (
                         Place(path, number * ELEMENTS + i) for i in range(len(header["sizes"]))
                     )
-                    yield Entry(header["key"], header["text"], tuple(places))
+                    turns = tuple(Turn(*turn) for turn in header.get("turns", ()))
+                    yield Entry(header["key"], header["text"], tuple(places), turns)
         except (RuntimeError, ValueError) as error:
             yield Problem(path, f"damaged: {error}")
 
@@ -67,9 +69,11 @@ class ArrayRecord:
         return data[start : start + header["sizes"][element]]
 
 
-def pack(key: str, text: str, pictures: Sequence[bytes]) -> bytes:
+def pack(key: str, text: str, pictures: Sequence[bytes], turns: Sequence[Turn] = ()) -> bytes:
     """A record, its target's bytes first."""
     header = {"key": key, "text": text, "sizes": [len(picture) for picture in pictures]}
+    if turns:
+        header["turns"] = [dataclasses.astuple(turn) for turn in turns]
     return b"".join([json.dumps(header).encode(), b"\n", *pictures])
 
 

@@ -14,11 +14,12 @@ from typing import Any
 import yaml
 
 from wemmu_jax.data import storage
+from wemmu_jax.data.formats.spoken import answered_turns, drawing_prompt, read_spoken
 from wemmu_jax.data.formats.tar import checked_text, members
 from wemmu_jax.data.index import Entry, Place, Problem
+from wemmu_jax.data.records import Turn
 
 CHUNK = 20_000  # rows of a unit
-IMAGE, DRAWN = "<image>", "<gen_image>"
 
 
 class _Rows:
@@ -61,6 +62,9 @@ class Folder(_Rows):
 
         {"image": "a.jpg", "caption": "a red barn"}
         {"image": "after.png", "instruction": "make it blue", "sources": ["before.png"]}
+        {"images": ["a.jpg"], "turns": [["what is it?", "a barn"], ["of what colour?", "red"]]}
+
+    The pictures of turns come before the first question; there may be none.
 
     Attributes:
       folder: the folder.
@@ -78,9 +82,11 @@ class Folder(_Rows):
         return [(self.inputs()[0], self.folder)]
 
     def _entry(self, key: str, row: dict, root: str) -> Entry:
+        if set(row) == {"images", "turns"}:
+            return _asked(key, row["images"], row["turns"], root)
         if set(row) not in ({"image", "caption"}, {"image", "instruction", "sources"}):
             raise ValueError(
-                "expected the keys {caption, image} or {image, instruction, sources}; "
+                "expected the keys {caption, image}, {image, instruction, sources} or {images, turns}; "
                 f"found {{{', '.join(sorted(map(str, row)))}}}"
             )
         sources = row.get("sources", [])
@@ -164,7 +170,8 @@ class Sidecar(_Rows):
 class UniWorld(_Rows):
     """UniWorld-V1: `data.txt`, each line `image_root,annotation.json,need_weight`, and lists of conversations.
 
-    The last picture is the one to be drawn, and the last instruction is the prompt; `need_weight` is left aside.
+    The last picture is the one to be drawn, and the last instruction is the prompt; where nothing is to be drawn, the
+    record is a conversation. `need_weight` is left aside.
 
     Attributes:
       file: `data.txt`.
@@ -197,26 +204,30 @@ class UniWorld(_Rows):
         return lists
 
     def _entry(self, key: str, row: dict, root: str) -> Entry:
-        images = row.get("image")
-        images = [images] if isinstance(images, str) else images
-        turns = row.get("conversations")
-        if not isinstance(images, list) or not images or not isinstance(turns, list) or not turns:
-            raise ValueError("expected 'image', a path or some, and 'conversations', a list")
-        said = [(turn.get("from"), turn.get("value")) for turn in turns if isinstance(turn, dict)]
-        if not all(isinstance(value, str) for _, value in said) or len(said) != len(turns):
-            raise ValueError("expected turns with 'from' and a text 'value'")
-        shown = sum(value.count(IMAGE) for _, value in said)
-        drawn = sum(value.count(DRAWN) for _, value in said)
-        if drawn != 1 or DRAWN not in said[-1][1]:
-            raise ValueError(f"expected one {DRAWN}, in the last turn; found {drawn}")
-        if shown + drawn != len(images):
-            raise ValueError(
-                f"expected a placeholder for each of the {len(images)} images; found {shown} {IMAGE}"
-            )
-        prompt = next((value for who, value in reversed(said) if who == "human"), "")
-        text = checked_text(" ".join(prompt.replace(IMAGE, " ").split()))
-        *sources, target = images
-        return Entry(key, text, tuple(_file(root, name) for name in (target, *sources)))
+        return _spoken(key, row, root)
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversations(_Rows):
+    """Questions and answers as LLaVA, ShareGPT and BAGEL's `vlm` data have them: `image`, `conversations`.
+
+    Attributes:
+      file: the list.
+      root: what its paths are relative to, by default the list's folder.
+    """
+
+    file: str
+    root: str = ""
+
+    def inputs(self) -> list[str]:
+        """The list."""
+        return [self.file]
+
+    def _lists(self):
+        return [(self.file, self.root or storage.parent(self.file))]
+
+    def _entry(self, key: str, row: dict, root: str) -> Entry:
+        return _spoken(key, row, root)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,6 +293,28 @@ def _text(row: dict, key: str) -> str:
         return checked_text(row[key])
     except ValueError as error:
         raise ValueError(f"{key!r}: {error}") from error
+
+
+def _spoken(key: str, row: dict, root: str) -> Entry:
+    """What is drawn at the end of a conversation, or the conversation."""
+    images, said = read_spoken(row)
+    places = tuple(_file(root, name) for name in images)
+    text = drawing_prompt(said)
+    if text is None:
+        return Entry(key, "", places, answered_turns(said))
+    *sources, target = places
+    return Entry(key, text, (target, *sources))
+
+
+def _asked(key: str, images: Any, turns: Any, root: str) -> Entry:
+    if not isinstance(images, list):
+        raise ValueError(f"'images' must be a list of files; found {images!r}")
+    pairs = turns if isinstance(turns, list) and turns else [None]
+    if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        raise ValueError(f"'turns' must be a list of [question, answer]; found {turns!r}")
+    asked = [Turn(*map(checked_text, pair)) for pair in pairs]
+    asked[0] = dataclasses.replace(asked[0], pictures=len(images))
+    return Entry(key, "", tuple(_file(root, name) for name in images), tuple(asked))
 
 
 def _file(root: str, name: Any) -> Place:

@@ -78,6 +78,7 @@ class PromptEncoder:
         special = tokenizer.get_added_vocab()
         self._tokenizer = tokenizer
         self._plain = words.plain_tokenizer(tokenizer)
+        self._rendered: dict[str, str] = {}
         self._special = special
         # Longest first, so that no special token hides one that it begins.
         names = sorted(special, key=len, reverse=True)
@@ -182,9 +183,7 @@ class PromptEncoder:
         """The template's tokens around the caller's text, one image token for each picture."""
         if not placed:
             raise ValueError("messages: expected at least one message, found none")
-        rendered = self._tokenizer.apply_chat_template(
-            list(placed), tokenize=False, add_generation_prompt=True
-        )
+        rendered = self._render(placed)
         shown = [int(place) for place in _PLACE_PATTERN.findall(rendered)]
         if sorted(shown) != list(range(len(texts))):
             raise ValueError(
@@ -197,6 +196,15 @@ class PromptEncoder:
             elif piece:
                 tokens += self._encode_segment(piece, texts)
         return tokens
+
+    def _render(self, placed: Sequence[Message]) -> str:
+        # The texts are not in it, so that there are few of them, and the template takes as long as the tokenizer.
+        form = repr(placed)
+        if form not in self._rendered:
+            self._rendered[form] = self._tokenizer.apply_chat_template(
+                list(placed), tokenize=False, add_generation_prompt=True
+            )
+        return self._rendered[form]
 
     def _encode_segment(self, piece: str, texts: Sequence[str]) -> list["_Token"]:
         """Template and caller's text between two special tokens, encoded as a whole: merges cross the seam."""

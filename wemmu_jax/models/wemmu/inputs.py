@@ -15,7 +15,9 @@ import numpy as np
 
 from wemmu_jax.data.features import Features
 from wemmu_jax.data.records import Picture
+from wemmu_jax.data.tasks import Task
 from wemmu_jax.files import read_object
+from wemmu_jax.models.qwen2_5_vl.answers import encode_turns, target_weights
 from wemmu_jax.models.qwen2_5_vl.images import pack_images, pack_pixels, patchify, slots_needed
 from wemmu_jax.models.qwen2_5_vl.prompt import PromptEncoder
 from wemmu_jax.models.wemmu.batch import PackedImages, PromptBatch
@@ -158,13 +160,22 @@ class RowEncoder:
 
     def text_length(self, example) -> int:
         """Prompt tokens of a training example that are text, after the cut to the limit."""
-        grids = [(1, 1)] * len(example.sources)
-        return self._cut_prompt(example.text, tuple(grids)).text_tokens
+        grids = ((1, 1),) * len(example.sources)
+        if example.task is Task.VQA:
+            whole = encode_turns(self.prompts, example.turns, grids, source_tokens=1)
+            return min(whole.text_tokens, TEXT_LIMIT)
+        return self._cut_prompt(example.text, grids).text_tokens
 
     def encode_example(self, example, bucket, text_length: int) -> dict[str, np.ndarray]:
-        """One training row: the prompt, the sources on the bucket's grid, the target at the bucket's size."""
+        """One training row: the prompt, the sources on the bucket's grid, the target at the bucket's size.
+
+        Of VQA: the conversation as it fits, see `encode_turns`, its pictures for the ViT alone, and `weights`
+        float32[L] of its tokens as targets.
+        """
         grid = self.config.source_grid(bucket.height, bucket.width)
         count = len(example.sources)
+        if example.task is Task.VQA:
+            return self._conversation(example, grid, text_length)
         prompt = self._cut_prompt(example.text, (grid,) * count, limit=text_length)
         row = self.prompt_row(prompt, text_length=text_length, sources=count)
         row["cut"] = np.int32(prompt.cut)
@@ -178,6 +189,25 @@ class RowEncoder:
             row["source_pixels"] = np.stack(
                 [encoded(source, *vae_size) for source in example.sources]
             )
+        return row
+
+    def _conversation(self, example, grid: tuple[int, int], text_length: int) -> dict:
+        count, tokens = len(example.sources), self.shapes.tokens
+        length = self.shapes.prompt_length(text_length, count, vae_in_prompt=False)
+        prompt = encode_turns(
+            self.prompts, example.turns, (grid,) * count, source_tokens=tokens, length=length
+        )
+        padded = self.prompts.pad(prompt, length)
+        row = {
+            "tokens": padded.tokens,
+            "feature_index": padded.feature_index,
+            "position_ids": padded.position_ids,
+            "valid": padded.valid,
+            "weights": target_weights(self.prompts, padded),
+        }
+        if count:
+            size, _ = self.source_sizes(grid)
+            row["vit_pixels"] = np.stack([source.load(*size) for source in example.sources])
         return row
 
     def _cut_prompt(self, text: str, grids: tuple[tuple[int, int], ...], limit: int = TEXT_LIMIT):
