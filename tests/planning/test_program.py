@@ -146,6 +146,20 @@ def test_who_takes_part(groups, first):
     assert first_group(groups) == first
 
 
+def test_the_order_of_a_meshs_devices_belongs_to_its_groups():
+    groups = "mesh['a'=2,'b'=2], device_ids=([2,2]<=[2,2]T(1,0)) {'b'}"
+    lines = (
+        "HloModule one, num_partitions=4",
+        "",
+        "ENTRY %main (x: f32[8]) -> f32[8] {",
+        "  %x = f32[8]{0} parameter(0)",
+        f"  ROOT %sum = f32[8]{{0}} all-reduce(%x), channel_id=1, replica_groups={groups}, to_apply=%add",
+        "}",
+    )
+    [(_, one)] = read_program("\n".join(lines) + "\n", lambda name, count: ()).walk()
+    assert one.collective.groups == groups and first_group(groups) == (0, 2)
+
+
 def test_what_cannot_be_read_is_an_error():
     with pytest.raises(ValueError, match="no ENTRY"):
         parse("HloModule nothing")

@@ -55,7 +55,9 @@ def collectives(
 
 
 def _collective(kind: str, computation: Computation, instruction: Instruction) -> Collective:
-    groups = instruction.attribute(r"(?:replica_groups|source_target_pairs)=(.*?)(?:, \w+=|$)")
+    # Up to the next attribute; the order of a mesh's devices is still a part of this one.
+    own = r"(?:replica_groups|source_target_pairs)=(.*?)(?:, (?!device_ids=)\w+=|$)"
+    groups = instruction.attribute(own)
     operands = [computation[name] for name in instruction.operands]
     moved = sum(operand.bytes for operand in operands)
     first = operands[0].shapes[0]
