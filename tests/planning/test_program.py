@@ -140,6 +140,7 @@ def test_what_is_sliced_from_a_stack_counts_as_the_slice():
         ("mesh['a'=2,'b'=4] {'a'}", (0, 4)),
         ("mesh['a'=2,'b'=2,'c'=2] {'a','c'}", (0, 1, 4, 5)),
         ("mesh['a'=2,'b'=4], device_ids=([8]<=[4,2]T(1,0)) {'a'}", (0, 1)),
+        ("mesh['a'=1,'b'=2,'c'=4], device_ids=([4,2]T(1,0)) {'c'}", (0, 2, 4, 6)),
     ],
 )
 def test_who_takes_part(groups, first):
