@@ -198,6 +198,7 @@ def test_a_wrong_type_is_an_error(key, value):
         ("optimizer.learning_rate", "-1e-4", "learning_rate"),
         ("optimizer.warmup", "100000", "warm-up of 100000 steps does not fit"),
         ("optimizer.ema", "1.0", "optimizer.ema"),
+        ("model.attention", "foo", r"model\.attention='foo'; expected one of \['auto', 'xla'"),
         (
             "model.remat",
             "foo",
@@ -232,7 +233,10 @@ NONSENSE = {
     "loss.contrast": ["NaN", "-0.1", "1.0"],
     "loss.shift": ["0", "NaN"],
     "trainable": ["[1]", '["ab"]', '[[".*"]]', '[[".*", true, 1]]'],
+    "mesh.data": ["-1"],
     "mesh.fsdp": ["0"],
+    "mesh.sequence": ["0"],
+    "mesh.tensor": ["0", "-2"],
     "every.log": ["-1"],
     "every.checkpoint": ["-1"],
     "every.validate": ["-1"],

@@ -15,7 +15,7 @@ from wemmu_jax.sharding.mesh import make_mesh
 from wemmu_jax.sharding.rules import parameter_shardings, placed, rows_sharding
 from wemmu_jax.sharding.topology import topology_devices
 
-ROWS, TOKENS, CONTEXT, LAYERS, HEADS, WIDTH, HIDDEN = 4, 384, 512, 4, 4, 128, 1024
+ROWS, TOKENS, CONTEXT, LAYERS, HEADS, WIDTH, HIDDEN = 4, 384, 512, 24, 4, 128, 1024
 CONFIG = TextConfig(
     vocab_size=8,
     hidden_size=HEADS * WIDTH,

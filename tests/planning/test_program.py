@@ -140,10 +140,25 @@ def test_what_is_sliced_from_a_stack_counts_as_the_slice():
         ("mesh['a'=2,'b'=4] {'a'}", (0, 4)),
         ("mesh['a'=2,'b'=2,'c'=2] {'a','c'}", (0, 1, 4, 5)),
         ("mesh['a'=2,'b'=4], device_ids=([8]<=[4,2]T(1,0)) {'a'}", (0, 1)),
+        ("mesh['a'=1,'b'=2,'c'=4], device_ids=([4,2]T(1,0)) {'c'}", (0, 2, 4, 6)),
     ],
 )
 def test_who_takes_part(groups, first):
     assert first_group(groups) == first
+
+
+def test_the_order_of_a_meshs_devices_belongs_to_its_groups():
+    groups = "mesh['a'=2,'b'=2], device_ids=([2,2]<=[2,2]T(1,0)) {'b'}"
+    lines = (
+        "HloModule one, num_partitions=4",
+        "",
+        "ENTRY %main (x: f32[8]) -> f32[8] {",
+        "  %x = f32[8]{0} parameter(0)",
+        f"  ROOT %sum = f32[8]{{0}} all-reduce(%x), channel_id=1, replica_groups={groups}, to_apply=%add",
+        "}",
+    )
+    [(_, one)] = read_program("\n".join(lines) + "\n", lambda name, count: ()).walk()
+    assert one.collective.groups == groups and first_group(groups) == (0, 2)
 
 
 def test_what_cannot_be_read_is_an_error():

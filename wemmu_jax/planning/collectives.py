@@ -55,7 +55,9 @@ def collectives(
 
 
 def _collective(kind: str, computation: Computation, instruction: Instruction) -> Collective:
-    groups = instruction.attribute(r"(?:replica_groups|source_target_pairs)=(.*?)(?:, \w+=|$)")
+    # Up to the next attribute; the order of a mesh's devices is still a part of this one.
+    own = r"(?:replica_groups|source_target_pairs)=(.*?)(?:, (?!device_ids=)\w+=|$)"
+    groups = instruction.attribute(own)
     operands = [computation[name] for name in instruction.operands]
     moved = sum(operand.bytes for operand in operands)
     first = operands[0].shapes[0]
@@ -88,7 +90,10 @@ def first_group(text: str) -> tuple[int, ...]:
         raise ValueError(f"cannot read who takes part in a collective: {text[:200]}")
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
     total = math.prod(sizes.values())
-    order = np.arange(total) if mesh[2] is None else _order(re.sub(r"^\[[\d,]*\]", "", mesh[2]))
+    order = np.arange(total)
+    if mesh[2] is not None:
+        # `[8]<=[4,2]T(1,0)`, or without the first part where that is the mesh's own.
+        order = _order("<=" + mesh[2].rpartition("<=")[2])
     chosen = [list(sizes).index(name) for name in re.findall(r"'([^']+)'", mesh[3])]
     places = np.moveaxis(order.reshape(list(sizes.values())), chosen, range(len(chosen)))
     size = math.prod(places.shape[: len(chosen)])
