@@ -89,8 +89,8 @@ def randomise(module: torch.nn.Module, seed: int) -> torch.nn.Module:
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """On the host, bfloat16 too."""
-    tensor = tensor.detach().cpu()
+    """A copy on the host, bfloat16 too; what torch trains in place stays as it was here."""
+    tensor = tensor.detach().cpu().clone()
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()

@@ -55,3 +55,13 @@ def test_bfloat16_is_rounded_once():
 def test_a_kernel_that_does_not_fit(shape):
     with pytest.raises(ValueError, match=r"of 4 channels is \[odd, odd, 1, 4\], found \["):
         depthwise_conv(jnp.zeros((1, 6, 6, 4)), jnp.zeros(shape))
+
+
+def test_on_a_cpu_the_shifts_read_what_was_computed_once():
+    """A barrier in programs for a CPU, by the platform that they are for, and no choice left to run time."""
+    x, kernel = draw(1, 4, 4, 8), draw(3, 3, 1, 8)
+    traced = jax.jit(lambda x: depthwise_conv(nn.silu(x), kernel)).trace(x)
+    texts = {p: traced.lower(lowering_platforms=(p,)).as_text() for p in ("cpu", "tpu", "cuda")}
+    assert "optimization_barrier" in texts["cpu"]
+    assert "optimization_barrier" not in texts["tpu"] + texts["cuda"]
+    assert "conditional" not in traced.lower().compile().as_text()

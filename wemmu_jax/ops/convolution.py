@@ -30,13 +30,18 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = Non
         )
     height, width = x.shape[1:3]
     top, left = kernel_height // 2, kernel_width // 2
-    padded = jnp.pad(x, ((0, 0), (top, top), (left, left), (0, 0)))
+    padded = _computed_once(jnp.pad(x, ((0, 0), (top, top), (left, left), (0, 0))))
     total = jnp.float32(0) if bias is None else bias.astype(jnp.float32)
     for row in range(kernel_height):
         for column in range(kernel_width):
             shifted = padded[:, row : row + height, column : column + width]
             total = total + shifted.astype(jnp.float32) * kernel[row, column, 0].astype(jnp.float32)
     return total.astype(x.dtype)
+
+
+def _computed_once(x: jax.Array) -> jax.Array:
+    """`x`, in memory: on a CPU the loop over the shifts would compute what `x` is made of anew for each of them."""
+    return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
 
 
 class DepthwiseConv(nn.Module):
