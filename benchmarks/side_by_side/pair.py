@@ -37,6 +37,13 @@ _REPEATED = {
 }
 
 
+# A layer knows its number, for the cache: without these torch would compile a program for each of 36 layers and, past
+# the eighth, quietly run the rest eagerly.
+torch._dynamo.config.allow_unspec_int_on_nn_module = True
+torch._dynamo.config.recompile_limit = 256
+torch._dynamo.config.accumulated_recompile_limit = 1024
+
+
 class PositionMLP(torch.nn.Module):
     """A.1 of the paper, equations 1 to 3."""
 
