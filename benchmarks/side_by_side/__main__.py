@@ -39,7 +39,7 @@ ROWS = (
 
 def row_of(name: str) -> Callable:
     """Pair -> Row."""
-    from benchmarks.side_by_side import parts, whole
+    from benchmarks.side_by_side import drawing, parts, steps
 
     rows = {
         "ViT": parts.vision,
@@ -48,13 +48,13 @@ def row_of(name: str) -> Callable:
         "expert forward": functools.partial(parts.expert, backward=False),
         "expert forward and backward": functools.partial(parts.expert, backward=True),
         "DiT forward": parts.dit_forward,
-        "DiT training step": whole.dit_training,
+        "DiT training step": steps.dit_training,
         "DC-AE encode": parts.encode,
         "DC-AE decode": parts.decode,
-        "T2I": whole.text_to_image,
-        "edit": whole.edit,
-        "stage 1 step": functools.partial(whole.stage_step, stage=1),
-        "stage 2 step": functools.partial(whole.stage_step, stage=2),
+        "T2I": drawing.text_to_image,
+        "edit": drawing.edit,
+        "stage 1 step": functools.partial(steps.stage_step, stage=1),
+        "stage 2 step": functools.partial(steps.stage_step, stage=2),
     }
     return rows[name]
 

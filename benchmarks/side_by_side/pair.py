@@ -37,6 +37,13 @@ _REPEATED = {
 }
 
 
+# A layer knows its number, for the cache: without these torch would compile a program for each of 36 layers and, past
+# the eighth, quietly run the rest eagerly.
+torch._dynamo.config.allow_unspec_int_on_nn_module = True
+torch._dynamo.config.recompile_limit = 256
+torch._dynamo.config.accumulated_recompile_limit = 1024
+
+
 class PositionMLP(torch.nn.Module):
     """A.1 of the paper, equations 1 to 3."""
 
@@ -89,8 +96,8 @@ def randomise(module: torch.nn.Module, seed: int) -> torch.nn.Module:
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """On the host, bfloat16 too."""
-    tensor = tensor.detach().cpu()
+    """A copy on the host, bfloat16 too; what torch trains in place stays as it was here."""
+    tensor = tensor.detach().cpu().clone()
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()

@@ -47,6 +47,17 @@ def test_every_row_the_way_a_gpu_takes(name):
     assert {"ours", "eager", "compiled"} <= result.seconds.keys()
 
 
+def test_training_starts_from_the_same_weights_in_every_turn():
+    row = command.row_of("DiT training step")(pair.Pair(SMALL))
+    losses = []
+    for side in (row.theirs["eager"], row.ours, row.theirs["eager"], row.ours):
+        side.start()
+        losses.append([float(side.run()[0]) for _ in range(2)])
+        side.stop()
+    assert losses[0] == losses[2] and losses[1] == losses[3]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0][0] != losses[0][1]
+
+
 @pytest.mark.parametrize(("name", "leaf"), [("DC-AE decode", "dc_ae"), ("T2I", "position_mlp")])
 def test_a_row_that_does_not_agree_is_not_timed(name, leaf, monkeypatch):
     right = pair.Pair.params

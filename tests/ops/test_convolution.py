@@ -70,3 +70,11 @@ def test_the_form_is_that_of_platform_and_size(platform, side, grouped, monkeypa
     )
     text = jax.jit(lambda *arrays: depthwise_conv(*arrays)).lower(picture, kernel).as_text()
     assert text.count("stablehlo.convolution") == grouped
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_on_a_cpu_the_shifts_read_what_was_computed_once(platform, monkeypatch):
+    monkeypatch.setattr(convolution, "current_platform", lambda: platform)
+    x, kernel = draw(1, 40, 32, 8), draw(3, 3, 1, 8)
+    text = jax.jit(lambda x: depthwise_conv(nn.silu(x), kernel)).lower(x).as_text()
+    assert ("optimization_barrier" in text) == (platform == "cpu")

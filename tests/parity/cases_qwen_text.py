@@ -27,7 +27,7 @@ from wemmu_jax.conversion.qwen2_5_vl import Naming, table, text_table, vision_ta
 from wemmu_jax.models.qwen2_5_vl import text
 from wemmu_jax.models.qwen2_5_vl.config import Qwen25VLConfig, TextConfig
 from wemmu_jax.models.qwen2_5_vl.text import DecoderLayer, DecoderStack, Pattern, TextModel
-from wemmu_jax.ops.attention import attention
+from wemmu_jax.ops.attention import Mask, attention
 from wemmu_jax.ops.norms import RMSNorm
 from wemmu_jax.ops.rotary import multimodal_angles
 
@@ -184,7 +184,8 @@ def _layer(real: bool = False, config: Callable[[TextConfig], TextConfig] = lamb
         theta=settings.rope_theta,
     )
     params = jax.tree.map(lambda leaf: leaf[0], b.params["layers"])
-    ours, _ = jax.jit(DecoderLayer(settings).apply)({"params": params}, x, None, angles, mask)
+    seen = Mask(jnp.asarray(b.valid), causal=True)
+    ours, _ = jax.jit(DecoderLayer(settings).apply)({"params": params}, x, None, angles, seen)
     return relative_l2(ours[b.valid], wanted[b.valid])
 
 

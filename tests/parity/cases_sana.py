@@ -27,6 +27,7 @@ from tests.parity.harness import (
 from wemmu_jax.conversion.memory import flatten, params_from_tensors
 from wemmu_jax.conversion.sana import table
 from wemmu_jax.models.sana import SanaConfig, SanaTransformer, modeling
+from wemmu_jax.ops.attention import Mask
 
 BATCH, HEIGHT, WIDTH, QUERIES = 2, 5, 7, 11
 TIMESTEPS = np.array([371.37, 912.781], np.float32)
@@ -147,7 +148,7 @@ def cross_attention(pair: Pair) -> float:
     reference, ours = pair.block()
     x, caption = hidden_of(pair), caption_of(pair)
     found = modeling.CrossAttention(pair.config).apply(
-        {"params": ours["cross_attention"]}, x, caption, jnp.asarray(VALID)[:, None, None]
+        {"params": ours["cross_attention"]}, x, caption, Mask(jnp.asarray(VALID))
     )
     expected = reference.attn2(
         tokens(x), encoder_hidden_states=to_torch(caption), attention_mask=hiding_bias()
@@ -168,7 +169,7 @@ def block(pair: Pair, *, loudness: float = 1.0, config: SanaConfig | None = None
     reference, ours = pair.block()
     x, caption, modulation = hidden_of(pair) * loudness, caption_of(pair), modulation_of(pair)
     found, _ = modeling.Block(config or pair.config).apply(
-        {"params": ours}, x, caption, jnp.asarray(VALID)[:, None, None], modulation
+        {"params": ours}, x, caption, Mask(jnp.asarray(VALID)), modulation
     )
     expected = reference(
         tokens(x),

@@ -93,14 +93,14 @@ def gradient_of_the_mean(model, seen, params, both):
 def test_two_micro_batches_give_the_gradient_of_the_mean_and_remat_changes_nothing(
     stage1, accumulated
 ):
-    """One program for both: the plain sum over 16 rows, with everything recomputed in the backward pass."""
+    """One program for both: the plain sum over 16 rows, with nothing recomputed in the backward pass."""
     seen, _ = stage1
     params, both, gradients, losses = accumulated
     assert [batch.images is None for batch in both] == [True, False]
     model = seen.run.trainer.model
-    assert model.remat == "none"
-    full = WeMMUModel(model.config, dtype=model.dtype, remat="full")
-    value, expected = gradient_of_the_mean(full, seen, params, both)
+    assert model.remat == "full"
+    kept = WeMMUModel(model.config, dtype=model.dtype, remat="none")
+    value, expected = gradient_of_the_mean(kept, seen, params, both)
     assert float(np.mean([found for found, _ in losses])) == pytest.approx(float(value), rel=1e-6)
     assert relative(gradients, expected) < 1e-5
 
