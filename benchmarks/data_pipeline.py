@@ -59,20 +59,7 @@ PEER_TURNS = {"stage 1": [Task.REC, Task.T2I], "edits": [Task.S_EDIT]}
 STAGES = {"stage 1": (512, 79.4e6, 1343.0, 0.0), "stage 3": (1024, 19.9e6, 1720.0, 0.5)}
 CHIPS, CHIPS_A_HOST = 128, 4
 BARE, OURS, PEER = "bare decode + resize", "wemmu", "DataLoader + webdataset + HF"
-WORDS = (
-    "a",
-    "photograph",
-    "of",
-    "some",
-    "red",
-    "barn",
-    "by",
-    "the",
-    "sea",
-    "under",
-    "clouds",
-    "with",
-)
+WORDS = "a photograph of some red barn by the sea under clouds with birds"
 
 
 def main() -> None:
@@ -126,7 +113,7 @@ class Bench:
         ):
             for number in range(pictures):
                 target, source = map(_jpeg, random_crops(rng, 2, (side, side)))
-                key, text = f"{number:06}", " ".join(rng.choice(WORDS, 60))
+                key, text = f"{number:06}", " ".join(rng.choice(WORDS.split(), 60))
                 sample = {"__key__": key, "jpg": target, "txt": text}
                 captioned.write(sample)
                 edited.write({**sample, "source.jpg": source})
