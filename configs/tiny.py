@@ -34,9 +34,7 @@ def get_config(stage: str) -> ml_collections.ConfigDict:
     config.name = f"tiny {stage}"
     config.model.bridge.update(BRIDGE)
     config.model.dtype = "float32"
-    config.model.remat = (
-        "full"  # a fifth faster than to write down and read again what the backward pass needs
-    )
+    config.model.remat = "full"  # on a CPU cheaper than to keep what the backward pass needs
     data = config.data
     data.resolution, data.buckets, data.max_aspect, data.pad_multiple = 48, 3, 2.0, 4
     data.text_lengths = (64,)
