@@ -167,6 +167,8 @@ def _answer(kind, text, scene):
     if kind == "colour" and "background" in text:
         return scene.background
     (item,) = those(text, scene)
+    if kind == "place":
+        return f"{'in' if item.place == 'centre' else 'at'} the {item.place}"
     return getattr(item, kind)
 
 

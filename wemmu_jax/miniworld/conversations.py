@@ -17,7 +17,7 @@ DESCRIBE = Phrases(
     ("describe the image", "what is in the image?", "what does the image show?"),
     ("what do we see in the image?",),
 )
-EDIT_SHARE, DESCRIBE_SHARE = 0.25, 0.3
+EDIT_SHARE, DESCRIBE_SHARE = 0.2, 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +38,9 @@ def draw_conversation(
 ) -> Conversation:
     """A conversation after `pictures` pictures (0 to 2), of at most `turns` turns.
 
-    About one picture: questions and descriptions, or one edit and what it leads to. About two: a composition and
-    what it leads to. About none: a caption that tells all, with questions on it.
+    About one picture: questions, or one edit and what it leads to. About two: a composition and what it leads to.
+    About none: a caption that tells all, with questions on it. Every second time a description is the last turn; a
+    question after it could be answered without a look at the picture.
     """
     if pictures == 2:
         composition = draw_composition(rng, split)
@@ -50,17 +51,17 @@ def draw_conversation(
         edit = draw_edit(rng, split)
         return Conversation(((edit.instruction, describe(edit.target)),), (edit.source,))
     scene = draw_scene(rng, split)
-    asked = tuple(_turn(rng, split, scene) for _ in range(turns))
+    asked = [_question(rng, split, scene) for _ in range(turns)]
+    if rng.random() < DESCRIBE_SHARE:
+        asked[-1] = (DESCRIBE.draw(rng, split), describe(scene))
     if pictures == 1:
-        return Conversation(asked, (scene,))
+        return Conversation(tuple(asked), (scene,))
     told = say("places and background", scene, place_objects(scene), rng, split)
     (question, answer), *rest = asked
     return Conversation(((f"{told}. {question}", answer), *rest))
 
 
-def _turn(rng: np.random.Generator, split: Split, scene: Scene) -> tuple[str, str]:
-    if rng.random() < DESCRIBE_SHARE:
-        return DESCRIBE.draw(rng, split), describe(scene)
+def _question(rng: np.random.Generator, split: Split, scene: Scene) -> tuple[str, str]:
     while True:
         question = ask(rng, split, scene, choose(rng, KINDS))
         if question:

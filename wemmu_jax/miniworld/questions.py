@@ -1,4 +1,4 @@
-"""Questions about a scene with short answers: a colour, a shape, a number word, yes or no."""
+"""Questions about a scene with short answers: a colour, a shape, a number word, a place, yes or no."""
 
 import dataclasses
 from collections.abc import Callable
@@ -96,6 +96,12 @@ def _relation(scene: Scene, rng: np.random.Generator) -> Asked | None:
     return words, "yes" if yes else "no"
 
 
+def _place(scene: Scene, rng: np.random.Generator) -> Asked | None:
+    item = choose(rng, scene.objects)
+    words, place = refer(scene, item, rng), at_place(item.place)
+    return None if place in words else ({"it": words}, place)
+
+
 def _existence(scene: Scene, rng: np.random.Generator) -> Asked | None:
     """Half the answers are no; two thirds of those name a shape and a colour of which one is there."""
     item = choose(rng, scene.objects)
@@ -139,6 +145,13 @@ KINDS: dict[str, tuple[Asker, Phrases]] = {
                 "{it} is {relation} {that}, yes or no?",
             ),
             ("is {it} {relation} {that}, yes or no?",),
+        ),
+    ),
+    "place": (
+        _place,
+        Phrases(
+            ("where is {it}?", "at which place is {it}?", "{it} is at which place?"),
+            ("where in the image is {it}?",),
         ),
     ),
     "existence": (

@@ -29,7 +29,7 @@ from wemmu_jax.training.optimizer import OptimizerConfig
 ROWS, STEPS = 32, 5000
 TEXT_LENGTH = 144
 # Share of batches with none, one and two pictures.
-_ARITIES = (0.1, 0.75, 0.15)
+_ARITIES = (0.1, 0.8, 0.1)
 HELD_OUT = 64
 
 
@@ -80,7 +80,7 @@ def _token_losses(model: WeMMUModel, params: Mapping, batch: Mapping) -> tuple[j
 def recipe(root: pathlib.Path, *, seed: int, steps: int) -> Recipe:
     """Next-token prediction on the answers, and a little on the users' words."""
     data = Conversations(root)
-    model = WeMMUModel(data.config, dtype=jnp.float32)
+    model = WeMMUModel(data.config, dtype=jnp.float32, remat="full")
 
     def loss(params: Mapping, _, batch: Mapping, key: jax.Array):
         losses, right, weights = _token_losses(model, params, batch)
@@ -102,7 +102,7 @@ def recipe(root: pathlib.Path, *, seed: int, steps: int) -> Recipe:
         seed=seed,
         rows=ROWS,
         optimizer=OptimizerConfig(
-            learning_rate=1e-3, warmup=min(300, steps // 10), steps=steps, weight_decay=0.01
+            learning_rate=1.5e-3, warmup=min(300, steps // 10), steps=steps, weight_decay=0.01
         ),
         ema=0.999,
         init=lambda key: model.init_backbones(key)["vlm"],
