@@ -42,7 +42,7 @@ from wemmu_jax.tiny.loop import Recipe
 from wemmu_jax.tiny.pictures import SIZES, batch_rng, draw_size
 from wemmu_jax.training.optimizer import OptimizerConfig
 
-ROWS, STEPS = 32, 6000
+ROWS, STEPS = 16, 24_000
 TEXT_LENGTH, READER_LAYERS = 64, 2
 UNCONDITIONAL_SHARE = 0.1
 SHIFT, GUIDANCE, SOLVER_STEPS = 3.0, 3.0, 20
