@@ -6,6 +6,8 @@ B batch, T own tokens, S keys, N heads, K key heads, H head width; G = N / K que
 import jax
 import jax.numpy as jnp
 
+from wemmu_jax.ops.axes import current_platform
+
 _SCORES = 2**17  # of one turn of the loop: half a MB, which stay in a CPU's cache
 _LEAST = -0.7 * float(
     jnp.finfo(jnp.float32).max
@@ -13,33 +15,17 @@ _LEAST = -0.7 * float(
 
 
 def xla_attention(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    *,
-    mask: jax.Array | None = None,
-    scale: float | None = None,
+    query: jax.Array, key: jax.Array, value: jax.Array, *, mask: jax.Array | None = None
 ) -> jax.Array:
     """As `ops.attention.attention`: query [B, T, N, H], key and value [B, S, K, H], mask bool and broadcastable to
-    [B, N, T, S] -> [B, T, N, H]. Which form is taken is known when the program is lowered, for the platform it is for.
-    """
-
-    def in_one(query, key, value, mask):
-        return jax.nn.dot_product_attention(
-            query, key, value, mask=mask, scale=scale, implementation="xla"
-        )
-
-    def in_turns(query, key, value, mask):
-        factor = query.shape[-1] ** -0.5 if scale is None else scale
-        return _in_turns(query, key, value, mask, factor)
-
+    [B, N, T, S] -> [B, T, N, H]."""
     # Of a single query the scores are few, and the loop would only cost turns.
-    if query.shape[1] == 1:
-        return in_one(query, key, value, mask)
-    return jax.lax.platform_dependent(query, key, value, mask, cpu=in_turns, default=in_one)
+    if current_platform() == "cpu" and query.shape[1] > 1:
+        return _in_turns(query, key, value, mask)
+    return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="xla")
 
 
-def _in_turns(query, key, value, mask: jax.Array | None, scale: float) -> jax.Array:
+def _in_turns(query, key, value, mask: jax.Array | None) -> jax.Array:
     """A loop over key heads, a few at a time: their scores stay in a CPU's cache, where those of all are written to
     fresh memory and read back four times. The G query heads of a key head make one product of G * T rows.
 
@@ -73,7 +59,7 @@ def _in_turns(query, key, value, mask: jax.Array | None, scale: float) -> jax.Ar
             mask = mask.reshape(mask.shape[0], key_heads, groups, *mask.shape[2:])
         mask = jnp.broadcast_to(mask, (batch, key_heads, *mask.shape[2:]))
         mask = mask.reshape(-1, *mask.shape[2:])
-    query = query * jnp.asarray(scale, query.dtype)
+    query = query * jnp.asarray(width**-0.5, query.dtype)
     arrays = by_head(query, tokens), by_head(key, keys), by_head(value, keys), mask
     together = max(1, _SCORES // (groups * tokens * keys))
     mixed = jax.lax.map(one, arrays, batch_size=together).reshape(
