@@ -197,22 +197,24 @@ def _final_norm() -> float:
     return relative_l2(ours, b.reference.model.language_model.norm(to_torch(x)))
 
 
+@torch.no_grad()
+def _reference_prompts(b: Bench):
+    """The reference's (hidden, cache) of the bench's prompts; who passes the cache on has it grow."""
+    out = b.reference.model.language_model(
+        input_ids=to_torch(b.tokens),
+        attention_mask=to_torch(b.valid.astype(np.int64)),
+        position_ids=to_torch(b.ids),
+        use_cache=True,
+    )
+    return out.last_hidden_state, out.past_key_values
+
+
 @functools.lru_cache(maxsize=2)
 def _reference_pass(real: bool, tied: bool):
     """(hidden, logits, cache) of the reference over the bench's prompts."""
     b = bench(real=real, tied=tied)
-    with torch.no_grad():
-        out = b.reference.model.language_model(
-            input_ids=to_torch(b.tokens),
-            attention_mask=to_torch(b.valid.astype(np.int64)),
-            position_ids=to_torch(b.ids),
-            use_cache=True,
-        )
-        return (
-            out.last_hidden_state,
-            b.reference.lm_head(out.last_hidden_state),
-            out.past_key_values,
-        )
+    hidden, cache = _reference_prompts(b)
+    return hidden, b.reference.lm_head(hidden).detach(), cache
 
 
 def prefill(config: TextConfig, params: dict, tokens, ids, valid):
@@ -281,13 +283,8 @@ def _second_pass(*, tail: int = 0, real: bool = False, context_valid=None) -> fl
     mask = np.concatenate(
         [np.repeat(b.valid[:, None], own, axis=1), np.repeat(sees[None], 2, axis=0)], axis=2
     )
+    _, past = _reference_prompts(b)
     with torch.no_grad():
-        past = b.reference.model.language_model(
-            input_ids=to_torch(b.tokens),
-            attention_mask=to_torch(b.valid.astype(np.int64)),
-            position_ids=to_torch(b.ids),
-            use_cache=True,
-        ).past_key_values
         wanted = expert(
             inputs_embeds=to_torch(queries),
             attention_mask=additive(mask[:, None]),

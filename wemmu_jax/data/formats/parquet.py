@@ -35,12 +35,11 @@ class _Files:
                 first += _open(path).metadata.row_group(group).num_rows
         return units
 
-    def _rows(
-        self, unit: list, columns: list[str] | None = None
-    ) -> Iterator[tuple[str, int, dict]]:
+    def _rows(self, unit: list) -> Iterator[tuple[str, int, dict]]:
+        """(key, row in the file, values) of a row group."""
         path, group, first = unit
         name = path.rpartition("/")[2]
-        rows = _open(path).read_row_group(group, columns=columns).to_pylist()
+        rows = _open(path).read_row_group(group).to_pylist()
         for row, values in enumerate(rows, first):
             yield f"{name}:{row + 1}", row, values
 
