@@ -70,6 +70,38 @@ def test_two_causal_calls_equal_one():
     )
 
 
+def test_settled_tokens_have_no_gradient_and_cost_none():
+    """Of the others it is the same, because nothing of theirs comes before them; recomputed under remat or not."""
+    context, context_valid = _prefix(2)
+    x, count = normal((BATCH, LENGTH, 32), 3), 7
+    weight = normal((BATCH, LENGTH, 32), 5)
+
+    def program(settled: int):
+        def loss(rest):
+            joined = jnp.concatenate([x[:, :count], rest], axis=1)
+            hidden, own = DecoderStack(CONFIG, remat="full").apply(
+                {"params": _stack_params()},
+                joined,
+                picture_ids(LENGTH),
+                valid=jnp.arange(LENGTH) < jnp.array([[LENGTH], [LENGTH - 2]]),
+                context=context,
+                context_valid=context_valid,
+                pattern=Pattern.CAUSAL,
+                settled=settled,
+                return_key_values=True,
+            )
+            return jnp.sum(hidden * weight) + jnp.sum(own.key**2 * own.value)
+
+        return jax.jit(jax.value_and_grad(loss)).lower(x[:, count:]).compile()
+
+    plain, settled = program(0), program(count)
+    for wanted, found in zip(plain(x[:, count:]), settled(x[:, count:]), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+    flops = [one.cost_analysis()["flops"] for one in (plain, settled)]
+    # Forward, recomputed and backward over 11 tokens; forward over 11, the others over 4.
+    assert flops[1] / flops[0] < 0.7
+
+
 @pytest.mark.parametrize("pattern", Pattern)
 def test_padding_changes_nothing_and_a_batch_equals_its_rows(pattern):
     context, context_valid = _prefix(2)
@@ -275,6 +307,11 @@ def _call(**changes):
         (lambda: _call(context_valid=jnp.ones((BATCH, 9), bool)), r"\(2, 2, 9, 2, 8\)"),
         (lambda: _call(hidden_tail=LENGTH + 1), "hidden_tail must be 0 to 11"),
         (lambda: _call(hidden_tail=2, pattern=Pattern.CAUSAL), "hidden_tail is for Pattern.FULL"),
+        (
+            lambda: _call(settled=LENGTH, pattern=Pattern.CAUSAL),
+            "settled must be 0 to 10, found 11",
+        ),
+        (lambda: _call(settled=2), "settled is for Pattern.CAUSAL"),
         (lambda: remat(DecoderStack, "everything"), "'everything'; the known ones are none, full"),
     ],
 )

@@ -51,9 +51,3 @@ def remat(module_class: type[nn.Module], policy: str) -> type[nn.Module]:
         raise ValueError(f"unknown remat policy {policy!r}; the known ones are {known}")
     # prevent_cse guards against XLA undoing the recomputation, which cannot happen across a scan's steps.
     return nn.remat(module_class, policy=_SAVEABLE[policy], prevent_cse=False)
-
-
-def frozen(policy: str) -> str:
-    """The policy of a frozen stack beside one of `policy`: at most a layer's inputs are kept, because all that is asked
-    of it is the gradient of its input, if that."""
-    return "none" if policy == "none" else "full"

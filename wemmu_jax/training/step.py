@@ -34,12 +34,13 @@ def predicted_velocity(
     noisy: jax.Array,
     sigma: jax.Array,
     seed: int,
+    frozen_vlm: bool = False,
 ) -> tuple[jax.Array, jax.Array | None]:
     """read, write, paint: the velocity float32[B, h, w, C], and the connector's own loss float32[B] if it has one."""
     sources = None
     if batch.images is not None:
         sources = Sources(batch.images, batch.place, batch.source_latents)
-    context = model.read(params, batch.prompt, sources)
+    context = model.read(params, batch.prompt, sources, frozen_vlm=frozen_vlm)
     noise = draw_noise(seed, batch.sample_numbers, grid=batch.grid, width=model.width)
     condition = model.write(
         params, context, noise, grid=batch.grid, query_tokens=batch.query_tokens
@@ -49,14 +50,26 @@ def predicted_velocity(
 
 
 def row_losses(
-    model: WeMMUModel, stage: Stage, params: Mapping, batch: TrainBatch
+    model: WeMMUModel,
+    stage: Stage,
+    params: Mapping,
+    batch: TrainBatch,
+    *,
+    frozen_vlm: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """float32[B] what is minimised, and float32[B] the plain flow matching part of it, for logs."""
+    """float32[B] what is minimised, and float32[B] the plain flow matching part of it, for logs. `frozen_vlm` is for
+    gradients, see `WeMMUModel.read`."""
     clean = batch.target
     noise = draw_flow_noise(stage.seed, batch.sample_numbers, clean.shape[1:])
     sigma = draw_sigma(stage.seed, batch.sample_numbers, law=stage.time_law, shift=stage.shift)
     velocity, distillation = predicted_velocity(
-        model, params, batch, noisy=noised(clean, noise, sigma), sigma=sigma, seed=stage.seed
+        model,
+        params,
+        batch,
+        noisy=noised(clean, noise, sigma),
+        sigma=sigma,
+        seed=stage.seed,
+        frozen_vlm=frozen_vlm,
     )
     target = target_velocity(clean, noise)
     plain = flow_matching(velocity, target)
@@ -161,9 +174,14 @@ class Trainer:
         The gradients handed in are donated.
         """
 
+        frozen_vlm = "vlm" not in self.abstract
+
         def loss(params: Mapping, frozen: Mapping, batch: TrainBatch):
+            tree = merge(params, frozen)
             with placed(self.mesh, self.stage.attention):
-                losses, plain = row_losses(self.model, self.stage, merge(params, frozen), batch)
+                losses, plain = row_losses(
+                    self.model, self.stage, tree, batch, frozen_vlm=frozen_vlm
+                )
             return jnp.mean(losses) / self.stage.micro_batches, (losses, plain)
 
         def step(gradients: Mapping, params: Mapping, frozen: Mapping, batch: TrainBatch):

@@ -114,13 +114,14 @@ class DecoderLayer(nn.Module):
     Attributes:
       config: sizes of the language model.
       dtype: compute type.
-      hidden_tail: see `DecoderStack`.
+      hidden_tail, settled: see `DecoderStack`.
       return_key_values: whether the own keys and values are returned; unused ones would still cost memory.
     """
 
     config: TextConfig
     dtype: jnp.dtype = jnp.float32
     hidden_tail: int = 0
+    settled: int = 0
     return_key_values: bool = True
 
     @nn.compact
@@ -131,11 +132,29 @@ class DecoderLayer(nn.Module):
         returns [B, T, D] and the own keys and values [B, T, K, H] or None."""
         x = checkpoint_name(x, "input")
         norm = functools.partial(RMSNorm, eps=self.config.rms_norm_eps, dtype=self.dtype)
+        before_attention = norm(name="input_layernorm")
         attend = Attention(self.config, self.dtype, self.hidden_tail, name="attention")
-        mixed, own = attend(norm(name="input_layernorm")(x), context, angles, mask)
-        x = x + mixed
+        before_mlp = norm(name="post_attention_layernorm")
         mlp = GatedMLP(self.config, self.dtype, name="mlp")
-        x = x + mlp(norm(name="post_attention_layernorm")(x))
+
+        def run(x: jax.Array, context: KeyValues | None, angles: jax.Array, mask: Mask):
+            mixed, own = attend(before_attention(x), context, angles, mask)
+            x = x + mixed
+            return x + mlp(before_mlp(x)), own
+
+        if count := self.settled:
+            unseen = x.shape[1] - count
+            first, known = run(
+                jax.lax.stop_gradient(x[:, :count]),
+                context,
+                angles[:, :count],
+                mask.replace(key=mask.key[:, :-unseen]),
+            )
+            seen = known if context is None else context.followed_by(known)
+            rest, own = run(x[:, count:], seen, angles[:, count:], mask)
+            x, own = jnp.concatenate([first, rest], axis=1), known.followed_by(own)
+        else:
+            x, own = run(x, context, angles, mask)
         return x, own if self.return_key_values else None
 
 
@@ -163,6 +182,7 @@ class DecoderStack(nn.Module):
         context_valid: jax.Array | None = None,
         pattern: Pattern,
         hidden_tail: int = 0,
+        settled: int = 0,
         return_key_values: bool,
     ) -> tuple[jax.Array, KeyValues | None]:
         """Runs T tokens through the layers.
@@ -176,6 +196,8 @@ class DecoderStack(nn.Module):
           pattern: what the own tokens see of one another.
           hidden_tail: with FULL, the first T - hidden_tail own tokens do not see the last `hidden_tail`
             ones, which see all: [VAE tokens | queries].
+          settled: with CAUSAL, through the first so many own tokens no gradient goes. What backward passes need
+            is computed again for the others alone.
           return_key_values: whether the own keys and values are wanted.
 
         Returns:
@@ -185,7 +207,8 @@ class DecoderStack(nn.Module):
         Raises:
           ValueError: shapes or arguments do not fit each other.
         """
-        self._check(x, position_ids, valid, context, context_valid, pattern, hidden_tail)
+        self._check(x, position_ids, valid, context, context_valid)
+        _check_parts(x.shape[1], pattern, hidden_tail, settled)
         config = self.config
         angles = multimodal_angles(
             position_ids,
@@ -204,6 +227,7 @@ class DecoderStack(nn.Module):
             config,
             self.dtype,
             hidden_tail % x.shape[1],  # a tail of all T tokens is hidden from nobody
+            settled,
             return_key_values,
             name="layers",
         )
@@ -211,7 +235,7 @@ class DecoderStack(nn.Module):
         x, own = layers(x.astype(self.dtype), context, angles, mask)
         return RMSNorm(config.rms_norm_eps, dtype=self.dtype, name="norm")(x), own
 
-    def _check(self, x, position_ids, valid, context, context_valid, pattern, hidden_tail) -> None:
+    def _check(self, x, position_ids, valid, context, context_valid) -> None:
         batch, own = x.shape[:2]
         if position_ids.shape != (3, batch, own) or valid.shape != (batch, own):
             raise ValueError(
@@ -229,10 +253,19 @@ class DecoderStack(nn.Module):
                     f"context of {batch} rows wants keys [layers, B, S, K, H] = {wanted}, "
                     f"found {context.key.shape}"
                 )
-        if not 0 <= hidden_tail <= own:
-            raise ValueError(f"hidden_tail must be 0 to {own}, found {hidden_tail}")
-        if hidden_tail and pattern is not Pattern.FULL:
-            raise ValueError("hidden_tail is for Pattern.FULL; a causal tail is hidden anyway")
+
+
+def _check_parts(own: int, pattern: Pattern, hidden_tail: int, settled: int) -> None:
+    if not 0 <= hidden_tail <= own:
+        raise ValueError(f"hidden_tail must be 0 to {own}, found {hidden_tail}")
+    if hidden_tail and pattern is not Pattern.FULL:
+        raise ValueError("hidden_tail is for Pattern.FULL; a causal tail is hidden anyway")
+    if not 0 <= settled < own:
+        raise ValueError(f"settled must be 0 to {own - 1}, found {settled}")
+    if settled and pattern is not Pattern.CAUSAL:
+        raise ValueError(
+            "settled is for Pattern.CAUSAL; in Pattern.FULL the first tokens see the last"
+        )
 
 
 def visibility(valid: jax.Array, context_valid: jax.Array | None, pattern: Pattern) -> Mask:

@@ -28,7 +28,6 @@ from wemmu_jax.models.wemmu.config import Connector, Pathway, VAEStream, WeMMUCo
 from wemmu_jax.models.wemmu.position_mlp import PositionMLP, pad_tokens
 from wemmu_jax.models.wemmu.queries import Queries
 from wemmu_jax.models.wemmu.vae_branch import VAEBranch, distillation_loss
-from wemmu_jax.ops.remat import frozen
 
 Params = Mapping[str, Mapping]
 
@@ -73,7 +72,7 @@ class WeMMUModel:
     Attributes:
       config: sizes and switches.
       dtype: compute type of the large products.
-      remat: name of the rematerialisation policy of the layer stacks; frozen ones keep less, see `ops.remat`.
+      remat: name of the rematerialisation policy of the layer stacks, see `ops.remat`.
     """
 
     config: WeMMUConfig
@@ -83,12 +82,12 @@ class WeMMUModel:
     @functools.cached_property
     def vision(self) -> VisionTransformer:
         """The frozen ViT."""
-        return VisionTransformer(self.config.vlm.vision, dtype=self.dtype, remat=frozen(self.remat))
+        return VisionTransformer(self.config.vlm.vision, dtype=self.dtype, remat=self.remat)
 
     @functools.cached_property
     def text(self) -> TextModel:
         """The frozen LLM."""
-        return TextModel(self.config.vlm.text, dtype=self.dtype, remat=frozen(self.remat))
+        return TextModel(self.config.vlm.text, dtype=self.dtype, remat=self.remat)
 
     @functools.cached_property
     def expert(self) -> DecoderStack:
@@ -137,20 +136,28 @@ class WeMMUModel:
 
     # -- the three verbs
 
-    def read(self, params: Params, prompt: PromptBatch, sources: Sources | None = None) -> Context:
+    def read(
+        self,
+        params: Params,
+        prompt: PromptBatch,
+        sources: Sources | None = None,
+        *,
+        frozen_vlm: bool = False,
+    ) -> Context:
         """One pass of the frozen VLM over prompts and source pictures.
 
         Args:
           params: the whole tree, or what of it is needed: `vlm`, and with sources `vae_branch`.
           prompt: B rows.
           sources: n pictures a row, or None where rows have no pictures.
+          frozen_vlm: gradients will be asked for, none of them the VLM's: they stop at the first VAE token.
 
         Returns:
           Keys and values of every layer; with `vae_stream: expert` the VAE tokens beside them.
         """
         text = {"params": params["vlm"]["text"]}
         x = self.text.apply(text, prompt.tokens, method="embed")
-        vae, extra = None, {}
+        vae, extra, settled = None, {}, 0
         if sources is not None:
             rows = x.shape[0]
             seen = self.vision.apply({"params": params["vlm"]["vision"]}, sources.images)
@@ -162,6 +169,7 @@ class WeMMUModel:
                 vae = self._vae_tokens(params, sources)
                 if self.config.bridge.vae_stream is VAEStream.FROZEN:
                     features.append(vae)
+                    settled = _settled(sources) if frozen_vlm else 0
                 else:
                     extra = _beside_the_queries(vae, prompt, sources)
                 if self.config.bridge.connector is Connector.VIT_6_DISTILLED:
@@ -173,6 +181,7 @@ class WeMMUModel:
             prompt.position_ids,
             valid=prompt.valid,
             pattern=Pattern.CAUSAL,
+            settled=settled,
             return_key_values=True,
         )
         return Context(key_values, prompt.valid, prompt.next_position, **extra)
@@ -351,6 +360,13 @@ class WeMMUModel:
             for latents in sources.latents
         ]
         return jnp.concatenate(tokens, axis=1)
+
+
+def _settled(sources: Sources) -> int:
+    """Tokens that surely stand before the first VAE token: the ViT's of the first picture, in whole tiles of bfloat16
+    on a TPU."""
+    rows, columns = sources.latents[0].shape[1:3]
+    return rows * columns // 16 * 16
 
 
 def _place_features(x: jax.Array, features: jax.Array, index: jax.Array) -> jax.Array:
