@@ -1,6 +1,5 @@
-"""Depthwise convolution, as shifted multiply-adds but for one case. B batch, h w height and width, C channels."""
+"""Depthwise convolution as shifted multiply-adds. B batch, h w height and width, C channels."""
 
-import math
 from collections.abc import Iterator
 
 import flax.linen as nn
@@ -9,19 +8,13 @@ import jax.numpy as jnp
 
 from wemmu_jax.ops.axes import current_platform
 
-_SMALL = 512  # pixels; Sana at 512 px has 256
-
 
 def depthwise_conv(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None) -> jax.Array:
     """A convolution of each channel with its own filter, stride 1, zeros around, same size out.
 
-    XLA's grouped convolution is ten times slower on a CPU and loses on a TPU at 1024 px too; the sum of
-    shifted products fuses into one loop. The sum is kept in float32. On a TPU small pictures go to the grouped
-    one: for a gated network of Sana's width, there and back on a v5p, XLA's estimate says, by raw cycles,
-
-        ms             grouped   shifted   none at all
-        [2, 32, 32]       4.55      2.52          1.45
-        [8, 16, 16]       1.86      2.62          1.48
+    XLA's grouped convolution is ten times slower on a CPU. On a TPU it takes by XLA's estimate 1.8 times as long for a
+    gated network of Sana's width at 1024 px; at 512 px it is as fast, but the partitioner has every device compute it
+    for the whole batch. The sum of shifted products fuses into one loop. It is kept in float32.
 
     Args:
       x: [B, h, w, C].
@@ -40,17 +33,7 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = Non
             f"a depthwise kernel of {x.shape[-1]} channels is [odd, odd, 1, {x.shape[-1]}], "
             f"found {list(kernel.shape)}"
         )
-    if current_platform() == "tpu" and math.prod(x.shape[1:3]) <= _SMALL:
-        total = jax.lax.conv_general_dilated(
-            x,
-            kernel,
-            window_strides=(1, 1),
-            padding="SAME",
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            feature_group_count=x.shape[-1],
-        ).astype(jnp.float32)
-    else:
-        total = _shifted_sum(x, kernel[:, :, 0])
+    total = _shifted_sum(x, kernel[:, :, 0])
     if bias is not None:
         total = total + bias.astype(jnp.float32)
     return total.astype(x.dtype)

@@ -3,7 +3,7 @@
     rows of a batch              along data and fsdp
     tokens, rows of a picture    along sequence
     heads, hidden features       along tensor, by the table
-    weights                      along tensor, by the table, and along fsdp, by their longest other axis
+    weights                      along tensor, by the table, and along fsdp, by the axis that is easiest to gather
 
 A device works on its own rows alone, so every layer's weights are gathered along fsdp as the layer runs, and its
 gradients are scattered again. XLA has to be told so: see `placed`.
@@ -74,8 +74,8 @@ def cut_of(layer: str) -> Cut:
 
 
 def parameter_spec(path: str, shape: tuple[int, ...], *, mesh: Mapping[str, int]) -> PartitionSpec:
-    """Along `tensor` as the table says; along `fsdp` the longest other axis that it divides, never that of the layers
-    of a scanned stack. Leaves that are small or have no such axis are on every device.
+    """Along `tensor` as the table says; along `fsdp` another axis that it divides, see `_ease`, never that of the
+    layers of a scanned stack. Leaves that are small or have no such axis are on every device.
 
     Args:
       path: the leaf's path; kernels of stacks have one axis more than those of single layers.
@@ -107,10 +107,18 @@ def parameter_spec(path: str, shape: tuple[int, ...], *, mesh: Mapping[str, int]
         if axes[axis] is None and shape[axis] % mesh["fsdp"] == 0
     ]
     if possible and mesh["fsdp"] > 1:
-        axes[max(possible, key=lambda axis: shape[axis])] = "fsdp"
+        axes[max(possible, key=lambda axis: _ease(shape, axis, mesh["fsdp"]))] = "fsdp"
     while axes and axes[-1] is None:
         axes.pop()
     return PartitionSpec(*axes)
+
+
+def _ease(shape: tuple[int, ...], axis: int, parts: int) -> tuple:
+    """Larger where an axis is easier to gather on a TPU: parts of whole tiles are joined as they lie, others must be
+    shifted into place, which can take longer than the product that needs them. Of two axes XLA lays the longer one
+    along the lanes, so that the shorter one is joined by rows."""
+    part = shape[axis] // parts
+    return part % 128 == 0, part % 8 == 0, -shape[axis], -axis
 
 
 def parameter_shardings(tree, mesh: Mesh):
