@@ -17,7 +17,7 @@ STAGES = {
         "data.resolution": 512,
         "data.mixture": {"Rec": 50.0, "T2I": 47.0, "Uncond": 3.0},
         "paper": {"batch": 2336, "steps": 34_000},
-        "batch": {"rows": 256, "micro_batches": 9},
+        "batch": {"rows": 768, "micro_batches": 3},
         "optimizer.learning_rate": 1e-4,
         "optimizer.warmup": 1000,
         "loss.kind": "contrastive",
@@ -28,14 +28,14 @@ STAGES = {
         "data.resolution": 1024,
         "data.mixture": {"Rec": 50.0, "T2I": 47.0, "Uncond": 3.0},
         "paper": {"batch": 584, "steps": 44_000},
-        "batch": {"rows": 128, "micro_batches": 4},
+        "batch": {"rows": 256, "micro_batches": 2},
     },
     "stage3": {
         "seed": 3,
         "data.resolution": 1024,
         "data.mixture": {"S-Edit": 55.0, "T2I": 25.0, "Rec": 20.0, "Uncond": 10.0},
         "paper": {"batch": 584, "steps": 34_000},
-        "batch": {"rows": 128, "micro_batches": 4},
+        "batch": {"rows": 256, "micro_batches": 2},
     },
     "stage4": {
         "seed": 4,
@@ -53,6 +53,9 @@ def get_config(stage: str) -> ml_collections.ConfigDict:
         raise ValueError(f"no stage {stage!r}; expected one of {sorted(STAGES)}")
     config = base_config()
     config.name = stage
+    config.model.remat = (
+        "named"  # on TPU pods the fastest that there is memory for, see docs/plan.md
+    )
     for key, value in STAGES[stage].items():
         group = value.items() if isinstance(value, dict) else [("", value)]
         for name, leaf in group:

@@ -13,7 +13,7 @@ from tests.parity.cases_dc_ae import SMALL, hf_config
 from tests.parity.harness import relative_l2
 from wemmu_jax.conversion.dc_ae import table
 from wemmu_jax.conversion.memory import flatten
-from wemmu_jax.models.dc_ae import DCAE, DCAEConfig, config
+from wemmu_jax.models.dc_ae import DCAE, DCAEConfig, blocks, config
 
 PUBLISHED = hf_config(
     kinds=("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
@@ -154,3 +154,25 @@ def test_each_half_alone_in_both_types(small, method, half):
     assert whole.dtype == rounded.dtype == jnp.float32
     assert np.isfinite(rounded).all()
     assert 1e-4 < relative_l2(rounded, whole) < 0.02
+
+
+@pytest.mark.parametrize("channels", [4, 8, 16, 32])
+def test_on_a_tpu_the_mean_of_squares_is_a_convolution(channels, monkeypatch):
+    x = jax.random.normal(jax.random.key(0), (2, 6, 4, 8))
+    expected = blocks.average_groups(blocks.space_to_depth(x), channels)
+    monkeypatch.setattr(blocks, "current_platform", lambda: "tpu")
+    np.testing.assert_allclose(blocks.mean_of_squares(x, channels), expected, rtol=0, atol=1e-6)
+    text = jax.jit(lambda x: blocks.mean_of_squares(x, channels)).lower(x).as_text()
+    assert "stablehlo.convolution" in text
+
+
+@pytest.mark.parametrize(("channels", "lanes"), [(256, 128), (96, 32), (384, 128)])
+def test_on_a_tpu_grouped_layers_fill_the_lanes(channels, lanes, monkeypatch):
+    """The same numbers from blocks of 128 channels; where these do not divide, from the groups themselves."""
+    layer, x = blocks.GroupedDense(32), jax.random.normal(jax.random.key(0), (2, 3, channels))
+    params = layer.init(jax.random.key(1), x)
+    expected = layer.apply(params, x)
+    monkeypatch.setattr(blocks, "current_platform", lambda: "tpu")
+    np.testing.assert_allclose(layer.apply(params, x), expected, rtol=0, atol=1e-5)
+    text = jax.jit(layer.apply).lower(params, x).as_text()
+    assert f"tensor<{lanes}x{channels // lanes}x{lanes}xf32>" in text

@@ -1,6 +1,7 @@
 """Where the arguments of training lie, and what moves between devices: a small model on eight of them."""
 
 import contextlib
+import math
 import re
 
 import jax
@@ -106,7 +107,8 @@ def kept(run: AbstractRun, arity: int) -> list[tuple[int, ...]]:
 
     def pullback(trainable, frozen, batch):
         def loss(trainable):
-            return row_losses(trainer.model, trainer.stage, merge(trainable, frozen), batch)[0]
+            tree = merge(trainable, frozen)
+            return row_losses(trainer.model, trainer.stage, tree, batch, frozen_vlm=True)[0]
 
         return jax.vjp(loss, trainable)[1]
 
@@ -117,12 +119,13 @@ def kept(run: AbstractRun, arity: int) -> list[tuple[int, ...]]:
 
 @pytest.mark.parametrize("remat", ["full", "named"])
 def test_what_is_frozen_keeps_next_to_nothing(remat):
-    """Nothing of the ViT. Of the language model keys and values, which the expert reads, and a layer's input where the
-    VAE linear's gradient goes through it."""
+    """Nothing of the ViT. Of the language model keys and values, which the expert reads, and where the VAE linear's
+    gradient goes through it a layer's input, and by name what else is kept of the tokens that it goes through."""
     rows, layers, width = 8, 2, 32
     run = small_run("frozen", rows, remat)
     for arity in (0, 1):
-        length = run.batch(run.square, arity=arity, text_length=32).prompt.tokens.shape[1]
+        batch = run.batch(run.square, arity=arity, text_length=32)
+        length = batch.prompt.tokens.shape[1]
         queries = run.shapes.tokens
         shapes = kept(run, arity)
         slots = [shape for shape in shapes if run.shapes.slots in shape[1:2] and len(shape) >= 4]
@@ -130,5 +133,8 @@ def test_what_is_frozen_keeps_next_to_nothing(remat):
         prompt = [shape for shape in shapes if shape[:3] == (layers, rows, length)]
         inputs = [(layers, rows, length, width)] * (arity > 0)
         assert sorted(prompt) == sorted([(layers, rows, length, 2, 8)] * 2 + inputs)
+        behind = length - math.prod(batch.grid) // 16 * 16 if arity else 0
+        named = [shape for shape in shapes if shape == (layers, rows, behind, 40)]
+        assert len(named) == (2 if remat == "named" and arity else 0)
         hidden = [shape for shape in shapes if shape == (layers, rows, queries, 40)]
         assert len(hidden) == (2 if remat == "named" else 0)  # gate and up of the expert

@@ -126,12 +126,18 @@ def spec(path: str, shape: tuple[int, ...], **sizes: int) -> PartitionSpec:
 @pytest.mark.parametrize(
     ("path", "shape", "expected"),
     [
-        ("expert/layers/mlp/up_proj/kernel", (36, 2048, 11008), (None, None, "fsdp")),
-        ("expert/layers/mlp/down_proj/kernel", (36, 11008, 2048), (None, "fsdp")),
-        ("position_mlp/gate_proj/kernel", (2048, 16384), (None, "fsdp")),
-        # Never along the layers, even where they are the longest axis.
-        ("dit/blocks/ffn/expand/kernel", (4096, 16, 32), (None, None, "fsdp")),
-        # The longest that does not divide gives way to the next.
+        # 1376 of 11008 are no whole tiles of 128, 256 of 2048 are.
+        ("expert/layers/mlp/up_proj/kernel", (36, 2048, 11008), (None, "fsdp")),
+        ("expert/layers/mlp/down_proj/kernel", (36, 11008, 2048), (None, None, "fsdp")),
+        # 700 of 5600 are not even whole tiles of 8, 280 of 2240 are.
+        ("dit/blocks/ffn/contract/kernel", (20, 5600, 2240), (None, None, "fsdp")),
+        # Of two that are as good the shorter one, then the first.
+        ("dit/blocks/ffn/expand/kernel", (20, 2240, 11200), (None, "fsdp")),
+        ("position_mlp/gate_proj/kernel", (2048, 16384), ("fsdp",)),
+        ("expert/layers/attention/q_proj/kernel", (36, 2048, 2048), (None, "fsdp")),
+        # Never along the layers, even where they are whole tiles.
+        ("dit/blocks/ffn/expand/kernel", (4096, 16, 32), (None, "fsdp")),
+        # What does not divide gives way.
         ("position_mlp/table", (74, 74, 2048), (None, None, "fsdp")),
         ("vlm/text/lm_head/kernel", (151_937, 2048), (None, "fsdp")),
         ("expert/layers/input_layernorm/scale", (36, 2048), (None, "fsdp")),
@@ -159,7 +165,7 @@ def test_where_leaves_lie_along_fsdp(path, shape, expected):
         ("vae_branch/layers/down_proj/bias", (36, 2048), (None, "fsdp")),
         ("dit/blocks/cross_attention/k_norm/scale", (36, 2048), (None, "tensor")),
         ("dit/blocks/ffn/depthwise/kernel", (20, 3, 3, 1, 11200), (None,) * 4 + ("tensor",)),
-        ("vlm/vision/layers/attention/qkv/kernel", (32, 1280, 3840), (None, None, "fsdp")),
+        ("vlm/vision/layers/attention/qkv/kernel", (32, 1280, 3840), (None, "fsdp")),
         ("dc_ae/encoder/stage_3/attention/query/kernel", (3, 512, 512), (None, "fsdp")),
         ("vlm/text/embed_tokens/embedding", (151_936, 2048), ()),
     ],

@@ -9,13 +9,16 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from wemmu_jax.ops.axes import current_platform
 from wemmu_jax.ops.convolution import DepthwiseConv
 from wemmu_jax.ops.norms import RMSNorm
 
 NORM_EPS = 1e-5  # the same in every published DC-AE; it is in no config
 _DIVISION_EPS = 1e-15
 _EXPANSION = 4  # of the gated convolution
+LANES = 128  # of a TPU's vectors
 
 
 def average_groups(x: jax.Array, channels: int) -> jax.Array:
@@ -40,6 +43,20 @@ def depth_to_space(x: jax.Array) -> jax.Array:
     batch, height, width, channels = x.shape
     squares = x.reshape(batch, height, width, channels // 4, 2, 2)
     return squares.transpose(0, 1, 4, 2, 5, 3).reshape(batch, 2 * height, 2 * width, channels // 4)
+
+
+def mean_of_squares(x: jax.Array, channels: int) -> jax.Array:
+    """The shortcut of `Down`, `average_groups(space_to_depth(x), channels)`: [B, 2h, 2w, C] -> [B, h, w, channels]."""
+    if current_platform() != "tpu":
+        return average_groups(space_to_depth(x), channels)
+    # As a convolution, because a TPU is slow where channels change places; weights of 1/n are exact.
+    inputs = x.shape[-1]
+    joined = np.arange(4 * inputs) // (4 * inputs // channels)  # where channel 4c + 2y + x goes
+    kernel = np.zeros((inputs, 2, 2, channels))
+    np.put_along_axis(kernel.reshape(4 * inputs, channels), joined[:, None], 1.0, axis=1)
+    kernel = jnp.asarray(kernel.transpose(1, 2, 0, 3) * (channels / (4 * inputs)), x.dtype)
+    dims = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, kernel, (2, 2), "VALID", dimension_numbers=dims)
 
 
 def linear_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
@@ -91,7 +108,11 @@ class ResBlock(nn.Module):
 
 
 class GroupedDense(nn.Module):
-    """A linear layer of its own for each run of `group` channels (a grouped 1x1 convolution); no bias."""
+    """A linear layer of its own for each run of `group` channels (a grouped 1x1 convolution); no bias.
+
+    On a TPU several layers make one of 128 channels, with zeros between them: products of 32 would leave its lanes
+    empty, and to bring the channels there takes longer than to multiply by zeros.
+    """
 
     group: int
     dtype: jnp.dtype = jnp.float32
@@ -101,9 +122,19 @@ class GroupedDense(nn.Module):
         """x [B, h, w, C] -> [B, h, w, C]; the kernel is [group, C], the outputs of a group side by side."""
         shape = (self.group, x.shape[-1])
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape).astype(self.dtype)
-        groups = x.reshape(*x.shape[:-1], -1, self.group)
-        mixed = jnp.einsum("...gi,igo->...go", groups, kernel.reshape(self.group, -1, self.group))
-        return mixed.reshape(x.shape)
+        kernel = kernel.reshape(self.group, -1, self.group)
+        if current_platform() == "tpu" and x.shape[-1] % LANES == 0 and LANES % self.group == 0:
+            kernel = _packed(kernel, LANES // self.group)
+        groups = x.reshape(*x.shape[:-1], -1, kernel.shape[0])
+        return jnp.einsum("...gi,igo->...go", groups, kernel).reshape(x.shape)
+
+
+def _packed(kernel: jax.Array, count: int) -> jax.Array:
+    """[i, g * count, o] -> [count * i, g, count * o], blocks on the diagonal."""
+    blocks = kernel.reshape(kernel.shape[0], -1, count, kernel.shape[2])
+    diagonal = jnp.eye(count, dtype=kernel.dtype)[:, None, None, :, None]
+    spread = blocks.transpose(2, 0, 1, 3)[:, :, :, None, :] * diagonal  # [n, i, g, m, o]
+    return spread.reshape(count * kernel.shape[0], -1, count * kernel.shape[2])
 
 
 class MultiscaleAttention(nn.Module):
@@ -134,12 +165,14 @@ class MultiscaleAttention(nn.Module):
         for i, size in enumerate(self.kernel_sizes):
             blurred = DepthwiseConv(size, False, self.dtype, name=f"scale_{i}_depthwise")(joint)
             scales.append(GroupedDense(self.head_dim, self.dtype, name=f"scale_{i}_mix")(blurred))
-        heads = jnp.concatenate(scales, axis=-1).astype(jnp.float32)
-        heads = heads.reshape(batch, height * width, -1, 3, self.head_dim)
-        query, key, value = heads[..., 0, :], heads[..., 1, :], heads[..., 2, :]
         attend = quadratic_attention if height * width <= self.head_dim else linear_attention
-        mixed = attend(nn.relu(query), nn.relu(key), value).astype(self.dtype)
-        mixed = mixed.reshape(batch, height, width, -1)
+        mixed = []
+        for scale in scales:
+            heads = scale.reshape(batch, height * width, -1, 3, self.head_dim)
+            query, key, value = (heads[..., part, :] for part in range(3))
+            arrays = (x.astype(jnp.float32) for x in (nn.relu(query), nn.relu(key), value))
+            mixed.append(attend(*arrays).astype(self.dtype).reshape(batch, height, width, -1))
+        mixed = jnp.concatenate(mixed, axis=-1)
         out = nn.Dense(channels, use_bias=False, dtype=self.dtype, name="out")(mixed)
         return x + RMSNorm(NORM_EPS, use_bias=True, dtype=self.dtype, name="norm")(out)
 
@@ -184,7 +217,7 @@ class Down(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [B, 2h, 2w, C] -> [B, h, w, features]; 4C is a multiple of `features`."""
-        shortcut = average_groups(space_to_depth(x), self.features)
+        shortcut = mean_of_squares(x, self.features)
         return conv3x3(self.features, stride=2, dtype=self.dtype, name="conv")(x) + shortcut
 
 
