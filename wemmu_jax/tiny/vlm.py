@@ -26,7 +26,7 @@ from wemmu_jax.tiny.loop import Recipe
 from wemmu_jax.tiny.pictures import SIZES, batch_rng, draw_size
 from wemmu_jax.training.optimizer import OptimizerConfig
 
-ROWS, STEPS = 16, 10_000
+ROWS, STEPS = 32, 5000
 TEXT_LENGTH = 144
 # Share of batches with none, one and two pictures.
 _ARITIES = (0.1, 0.8, 0.1)
