@@ -177,7 +177,7 @@ def test_nothing_that_search_tries_fits(tmp_path, monkeypatch):
     with pytest.raises(DoesNotFit, match="no setting that was tried fits v5e:2x4"):
         search(setting(**{"mesh.fsdp": 4}), Library(tmp_path), say=lines.append)
     rows = [line.partition(",")[0] for line in lines]
-    assert rows[:2] == ["rows=256", "rows=192"] and rows[-2:] == ["rows=8", "rows=8"]
+    assert rows[:2] == ["rows=768", "rows=576"] and rows[-2:] == ["rows=8", "rows=8"]
     assert "fsdp=8" in lines[-1] and len(lines) % len(Remat) == 0
 
 
