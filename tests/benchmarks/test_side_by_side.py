@@ -13,6 +13,7 @@ from benchmarks.side_by_side import pair, timing
 from benchmarks.side_by_side.sizes import CPU, GPU_512, GPU_1024, SMALL, SMALL_GPU
 from benchmarks.side_by_side.table import bound, line, table, write_section
 from benchmarks.side_by_side.timing import Result, Row, Side, measure
+from tests.conftest import unoptimised
 from wemmu_jax.models.wemmu.config import BridgeConfig
 from wemmu_jax.models.wemmu.published import published_wemmu
 
@@ -21,11 +22,8 @@ SLOW = ("edit", "stage 2 step", "DiT training step")  # what the other rows have
 
 @pytest.fixture(autouse=True)
 def _quick():
-    """Programs that XLA does not optimise are compiled three times faster."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    with unoptimised():
+        yield
 
 
 def slow_ones(names: tuple[str, ...]) -> list:

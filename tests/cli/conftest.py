@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from tests.conftest import unoptimised
 from wemmu_jax.cli.main import main
 
 CONFIG = "configs/tiny.py:stage2"
@@ -21,6 +22,12 @@ class Result:
     code: int
     out: str
     err: str
+
+
+@pytest.fixture(autouse=True, scope="package")
+def _unoptimised():
+    with unoptimised():
+        yield
 
 
 @pytest.fixture
@@ -51,7 +58,7 @@ def refused(wemmu):
     return call
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def backbones(tmp_path_factory) -> pathlib.Path:
     """The tiny backbones as Hugging Face folders."""
     from wemmu_jax.miniworld.sources import MiniworldSource
@@ -63,7 +70,7 @@ def backbones(tmp_path_factory) -> pathlib.Path:
     return root
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def converted(backbones, tmp_path_factory) -> pathlib.Path:
     """What `wemmu convert` makes of them."""
     out = tmp_path_factory.mktemp("converted") / "tiny"
@@ -72,7 +79,7 @@ def converted(backbones, tmp_path_factory) -> pathlib.Path:
     return out
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def workdir(converted, tmp_path_factory) -> pathlib.Path:
     """A workdir as training leaves it, with a checkpoint at step 0 and one at `STEP`; nothing was compiled."""
     from wemmu_jax.models.wemmu.config import WeMMUConfig

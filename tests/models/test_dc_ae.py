@@ -169,10 +169,25 @@ def test_on_a_tpu_the_mean_of_squares_is_a_convolution(channels, monkeypatch):
 @pytest.mark.parametrize(("channels", "lanes"), [(256, 128), (96, 32), (384, 128)])
 def test_on_a_tpu_grouped_layers_fill_the_lanes(channels, lanes, monkeypatch):
     """The same numbers from blocks of 128 channels; where these do not divide, from the groups themselves."""
-    layer, x = blocks.GroupedDense(32), jax.random.normal(jax.random.key(0), (2, 3, channels))
-    params = layer.init(jax.random.key(1), x)
-    expected = layer.apply(params, x)
+    x, kernel = draw((2, 3, channels), (32, channels))
+    expected = blocks.grouped_dense(x, kernel)
     monkeypatch.setattr(blocks, "current_platform", lambda: "tpu")
-    np.testing.assert_allclose(layer.apply(params, x), expected, rtol=0, atol=1e-5)
-    text = jax.jit(layer.apply).lower(params, x).as_text()
-    assert f"tensor<{lanes}x{channels // lanes}x{lanes}xf32>" in text
+    np.testing.assert_allclose(blocks.grouped_dense(x, kernel), expected, rtol=0, atol=1e-4)
+    text = jax.jit(blocks.grouped_dense).lower(x, kernel).as_text()
+    assert (f"tensor<{lanes}x{lanes}xf32>" in text) == (lanes == 128)
+
+
+@pytest.mark.parametrize("channels", [96, 256, 320])
+def test_on_a_tpu_heads_attend_side_by_side(channels, monkeypatch):
+    """In vectors of 128 channels, the last of them perhaps shorter."""
+    query, key, value = draw(*[(2, 70, channels)] * 3)
+    heads = jax.nn.relu(query), jax.nn.relu(key), value
+    expected = blocks.linear_attention(*heads, 32)
+    np.testing.assert_allclose(blocks.quadratic_attention(*heads, 32), expected, rtol=0, atol=2e-5)
+    monkeypatch.setattr(blocks, "current_platform", lambda: "tpu")
+    np.testing.assert_allclose(blocks.linear_attention(*heads, 32), expected, rtol=0, atol=2e-5)
+
+
+def draw(*shapes: tuple[int, ...]) -> list[jax.Array]:
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]

@@ -278,9 +278,10 @@ def shifted_border(features: int, *, stride: int = 1, **settings) -> nn.Conv:
     )
 
 
-def unnormalised(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+def unnormalised(query: jax.Array, key: jax.Array, value: jax.Array, head_dim: int) -> jax.Array:
     """In place of `linear_attention`."""
-    return jnp.einsum("bsnk,btnk,btnv->bsnv", query, key, value)
+    heads = (x.reshape(*x.shape[:2], -1, head_dim) for x in (query, key, value))
+    return jnp.einsum("bsnk,btnk,btnv->bsnv", *heads).reshape(query.shape)
 
 
 def up_without_shortcut() -> float:

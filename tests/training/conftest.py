@@ -17,6 +17,7 @@ import ml_collections
 import numpy as np
 import pytest
 
+from tests.conftest import unoptimised
 from wemmu_jax.conversion.convert import convert
 from wemmu_jax.conversion.memory import flatten
 from wemmu_jax.miniworld.sources import KINDS, MiniworldSource
@@ -32,16 +33,11 @@ STEPS = {"stage1": 6, "stage2": 5, "stage3": 5, "stage4": 5}
 
 @contextlib.contextmanager
 def quick() -> Iterator[None]:
-    """Meshes of a single device, because eight threads that wait for each other on two cores are slow; and programs
-    that XLA does not optimise, which are compiled three times faster than others."""
+    """Meshes of a single device, because eight threads that wait for each other on two cores are slow; and
+    `unoptimised`."""
     one = functools.partial(make_mesh, devices=jax.devices()[:1])
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        with mock.patch.object(run, "make_mesh", one):
-            yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", before)
+    with unoptimised(), mock.patch.object(run, "make_mesh", one):
+        yield
 
 
 def host(tree) -> dict[str, np.ndarray]:

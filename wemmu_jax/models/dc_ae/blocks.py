@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from wemmu_jax.ops.axes import current_platform
-from wemmu_jax.ops.convolution import DepthwiseConv
+from wemmu_jax.ops.convolution import DepthwiseConv, depthwise_conv
 from wemmu_jax.ops.norms import RMSNorm
 
 NORM_EPS = 1e-5  # the same in every published DC-AE; it is in no config
@@ -59,29 +59,66 @@ def mean_of_squares(x: jax.Array, channels: int) -> jax.Array:
     return jax.lax.conv_general_dilated(x, kernel, (2, 2), "VALID", dimension_numbers=dims)
 
 
-def linear_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+def linear_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, head_dim: int
+) -> jax.Array:
     """Attention with weights q.k / sum(q.k), in time linear in S: keys and values are summed up first.
 
     Args:
-      query, key: float32[B, S, N, H], not negative.
-      value: float32[B, S, N, H].
+      query, key: [B, S, C], not negative; the N heads side by side.
+      value: [B, S, C].
+      head_dim: H.
 
     Returns:
-      float32[B, S, N, H].
+      float32[B, S, C].
     """
-    # Heads first, as products want them: XLA on a CPU would bring them there once for each product.
-    query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
+    if current_platform() == "tpu" and LANES % head_dim == 0:
+        cuts = np.arange(LANES, query.shape[-1], LANES)
+        cut = (jnp.split(x, cuts, axis=-1) for x in (query, key, value))
+        mixed = [_linear_attention_in_lanes(*run, head_dim) for run in zip(*cut, strict=True)]
+        return jnp.concatenate(mixed, axis=-1)
+    query, key, value = (_heads_first(x, head_dim) for x in (query, key, value))
     memory = jnp.einsum("bnsk,bnsv->bnkv", key, value, precision="highest")
     mixed = jnp.einsum("bnsk,bnkv->bnsv", query, memory, precision="highest")
     total = jnp.einsum("bnsk,bnk->bns", query, key.sum(axis=2), precision="highest")
-    return (mixed / (total[..., None] + _DIVISION_EPS)).swapaxes(1, 2)
+    return _heads_last(mixed / (total[..., None] + _DIVISION_EPS))
 
 
-def quadratic_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+def _linear_attention_in_lanes(
+    query: jax.Array, key: jax.Array, value: jax.Array, head_dim: int
+) -> jax.Array:
+    """The same for so few heads that a TPU's vectors hold them side by side: to multiply what one head says of another
+    by zero takes less time than to bring each to a place of its own."""
+    count = query.shape[-1] // head_dim
+    same = np.kron(np.eye(count), np.ones((head_dim, head_dim))).astype(np.float32)
+    exact = {"precision": "highest", "preferred_element_type": jnp.float32}
+    memory = same * jnp.einsum("bsk,bsv->bkv", key, value, **exact)
+    keys = same * jnp.sum(key, axis=1, dtype=jnp.float32)[..., None]
+    query = query.astype(jnp.float32)
+    both = jnp.einsum("bsk,bkv->bsv", query, jnp.concatenate([memory, keys], axis=-1), **exact)
+    mixed, total = jnp.split(both, 2, axis=-1)
+    return mixed / (total + _DIVISION_EPS)
+
+
+def quadratic_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, head_dim: int
+) -> jax.Array:
     """The same weights as `linear_attention`, formed one by one: cheaper where S <= H."""
-    scores = jnp.einsum("btnh,bsnh->bnts", query, key, precision="highest")
+    query, key, value = (_heads_first(x, head_dim) for x in (query, key, value))
+    scores = jnp.einsum("bnth,bnsh->bnts", query, key, precision="highest")
     weights = scores / (scores.sum(axis=-1, keepdims=True) + _DIVISION_EPS)
-    return jnp.einsum("bnts,bsnh->btnh", weights, value, precision="highest")
+    return _heads_last(jnp.einsum("bnts,bnsh->bnth", weights, value, precision="highest"))
+
+
+def _heads_first(x: jax.Array, head_dim: int) -> jax.Array:
+    """[B, S, N * H] -> float32[B, N, S, H], as products want them: XLA on a CPU would bring them there for each."""
+    return x.astype(jnp.float32).reshape(*x.shape[:2], -1, head_dim).swapaxes(1, 2)
+
+
+def _heads_last(x: jax.Array) -> jax.Array:
+    """[B, N, S, H] -> [B, S, N * H]."""
+    x = x.swapaxes(1, 2)
+    return x.reshape(*x.shape[:2], -1)
 
 
 def conv3x3(
@@ -107,26 +144,27 @@ class ResBlock(nn.Module):
         return x + RMSNorm(NORM_EPS, use_bias=True, dtype=self.dtype, name="norm")(hidden)
 
 
-class GroupedDense(nn.Module):
-    """A linear layer of its own for each run of `group` channels (a grouped 1x1 convolution); no bias.
+def grouped_dense(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """A linear layer of its own for each run of G channels (a grouped 1x1 convolution).
 
     On a TPU several layers make one of 128 channels, with zeros between them: products of 32 would leave its lanes
     empty, and to bring the channels there takes longer than to multiply by zeros.
+
+    Args:
+      x: [..., C].
+      kernel: [G, C], the outputs of a group side by side.
+
+    Returns:
+      [..., C].
     """
-
-    group: int
-    dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x [B, h, w, C] -> [B, h, w, C]; the kernel is [group, C], the outputs of a group side by side."""
-        shape = (self.group, x.shape[-1])
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape).astype(self.dtype)
-        kernel = kernel.reshape(self.group, -1, self.group)
-        if current_platform() == "tpu" and x.shape[-1] % LANES == 0 and LANES % self.group == 0:
-            kernel = _packed(kernel, LANES // self.group)
-        groups = x.reshape(*x.shape[:-1], -1, kernel.shape[0])
-        return jnp.einsum("...gi,igo->...go", groups, kernel).reshape(x.shape)
+    group, channels = kernel.shape
+    kernel = kernel.reshape(group, -1, group)
+    if current_platform() == "tpu" and channels % LANES == 0 and LANES % group == 0:
+        kernel = _packed(kernel, LANES // group)
+        runs = jnp.split(x, kernel.shape[1], axis=-1)
+        return jnp.concatenate([run @ kernel[:, i] for i, run in enumerate(runs)], axis=-1)
+    groups = x.reshape(*x.shape[:-1], -1, group)
+    return jnp.einsum("...gi,igo->...go", groups, kernel).reshape(x.shape)
 
 
 def _packed(kernel: jax.Array, count: int) -> jax.Array:
@@ -137,12 +175,24 @@ def _packed(kernel: jax.Array, count: int) -> jax.Array:
     return spread.reshape(count * kernel.shape[0], -1, count * kernel.shape[2])
 
 
+class _Kernel(nn.Module):
+    """The kernel of a layer, which somebody else computes."""
+
+    shape: Sequence[int]
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        return self.param("kernel", nn.initializers.lecun_normal(), self.shape).astype(self.dtype)
+
+
 class MultiscaleAttention(nn.Module):
     """ReLU linear attention over query, key and value at several scales (EfficientViT, arXiv 2205.14756).
 
     Each scale beyond the first is a depthwise convolution of [query | key | value] and a linear layer inside
     each run of H channels. diffusers' `SanaMultiscaleLinearAttention` cuts heads out of the joint channels: head
-    n of a scale takes channels 3nH to 3(n+1)H as its query, key and value, and so do we.
+    n of a scale takes channels 3nH to 3(n+1)H as its query, key and value. So do we, with the channels of all kernels
+    in an order in which the queries of all heads come first, then the keys, then the values.
     """
 
     head_dim: int
@@ -152,29 +202,35 @@ class MultiscaleAttention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [B, h, w, C] -> [B, h, w, C], the input included."""
-        batch, height, width, channels = x.shape
+        channels = x.shape[-1]
         inner = channels // self.head_dim * self.head_dim
-        joint = jnp.concatenate(
-            [
-                nn.Dense(inner, use_bias=False, dtype=self.dtype, name=name)(x)
-                for name in ("query", "key", "value")
-            ],
-            axis=-1,
-        )
+        parts = [self._kernel(name, channels, inner) for name in ("query", "key", "value")]
+        joint = x.astype(self.dtype) @ self._in_order(jnp.concatenate(parts, axis=-1))
         scales = [joint]
         for i, size in enumerate(self.kernel_sizes):
-            blurred = DepthwiseConv(size, False, self.dtype, name=f"scale_{i}_depthwise")(joint)
-            scales.append(GroupedDense(self.head_dim, self.dtype, name=f"scale_{i}_mix")(blurred))
-        attend = quadratic_attention if height * width <= self.head_dim else linear_attention
-        mixed = []
-        for scale in scales:
-            heads = scale.reshape(batch, height * width, -1, 3, self.head_dim)
-            query, key, value = (heads[..., part, :] for part in range(3))
-            arrays = (x.astype(jnp.float32) for x in (nn.relu(query), nn.relu(key), value))
-            mixed.append(attend(*arrays).astype(self.dtype).reshape(batch, height, width, -1))
-        mixed = jnp.concatenate(mixed, axis=-1)
+            depthwise = self._kernel(f"scale_{i}_depthwise", size, size, 1, 3 * inner)
+            mix = self._kernel(f"scale_{i}_mix", self.head_dim, 3 * inner)
+            blurred = depthwise_conv(joint, self._in_order(depthwise))
+            scales.append(grouped_dense(blurred, self._in_order(mix)))
+        mixed = jnp.concatenate([self._attend(scale) for scale in scales], axis=-1)
         out = nn.Dense(channels, use_bias=False, dtype=self.dtype, name="out")(mixed)
         return x + RMSNorm(NORM_EPS, use_bias=True, dtype=self.dtype, name="norm")(out)
+
+    def _kernel(self, name: str, *shape: int) -> jax.Array:
+        return _Kernel(shape, self.dtype, name=name)()
+
+    def _in_order(self, kernel: jax.Array) -> jax.Array:
+        """[..., N * 3 * H] -> [..., 3 * N * H]."""
+        heads = kernel.reshape(*kernel.shape[:-1], -1, 3, self.head_dim)
+        return heads.swapaxes(-3, -2).reshape(kernel.shape)
+
+    def _attend(self, scale: jax.Array) -> jax.Array:
+        """[B, h, w, 3 * N * H] -> [B, h, w, N * H]."""
+        batch, height, width, _ = scale.shape
+        query, key, value = jnp.split(scale.reshape(batch, height * width, -1), 3, axis=-1)
+        attend = quadratic_attention if height * width <= self.head_dim else linear_attention
+        mixed = attend(nn.relu(query), nn.relu(key), value, self.head_dim)
+        return mixed.astype(self.dtype).reshape(batch, height, width, -1)
 
 
 class GatedConv(nn.Module):
