@@ -150,6 +150,7 @@ def write_converted(folder: pathlib.Path, *, seed: int = 0) -> pathlib.Path:
     with (
         mock.patch.dict(tiny_backbones.VLM_CONFIG, num_hidden_layers=2, vision_config=vision),
         mock.patch.dict(tiny_backbones.DIT_CONFIG, num_layers=2),
+        unoptimised(),
     ):
         tiny_backbones.write_backbones(folder / "hf", texts, seed=seed)
     convert(str(folder / "hf/vlm"), str(folder / "hf/sana"), str(folder / "converted"))
