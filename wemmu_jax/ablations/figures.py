@@ -60,7 +60,11 @@ def sheet(
 ) -> None:
     """A table of pictures under `heads`, each row with its text."""
     figure, every = plt.subplots(
-        len(rows), len(heads), figsize=(1.3 * len(heads), 1.55 * len(rows)), squeeze=False
+        len(rows),
+        len(heads),
+        figsize=(1.3 * len(heads), 1.55 * len(rows)),
+        gridspec_kw={"left": 0.01, "right": 0.99, "bottom": 0.01, "wspace": 0.05, "hspace": 0.2},
+        squeeze=False,
     )
     for line, (text, pictures) in zip(every, rows, strict=True):
         for axes, picture in zip(line, pictures, strict=True):
@@ -71,11 +75,10 @@ def sheet(
         every[0, number].text(
             0.5, 1.25, head, transform=every[0, number].transAxes, ha="center", fontsize=8
         )
-    figure.tight_layout(pad=0.4)
     _save(figure, path)
 
 
 def _save(figure, path: pathlib.Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    figure.savefig(path, dpi=110, bbox_inches="tight", metadata={"Software": None})
     plt.close(figure)
