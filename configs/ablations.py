@@ -163,6 +163,8 @@ def get_config(name: str) -> ml_collections.ConfigDict:
     config.data.buckets = budget.buckets
     steps = budget.steps[parts[3]]
     shortened(config, steps)
+    if budget.optimised:
+        config.model.remat = "unrolled"
     config.paper.batch = config.batch.rows * config.batch.micro_batches
     # The last step is looked at as well: eight times in a long phase, once in a short one.
     validate = max(4, steps // 8)

@@ -202,7 +202,7 @@ def test_a_wrong_type_is_an_error(key, value):
         (
             "model.remat",
             "foo",
-            r"model\.remat='foo'; expected one of \['none', 'full', 'dots', 'named', 'offload'\]",
+            r"model\.remat='foo'; expected one of \['none', 'unrolled', 'full', 'dots', 'named', 'offload'\]",
         ),
     ],
 )

@@ -20,9 +20,9 @@ from wemmu_jax.planning.chips import CHIPS, GIB, chip_of
 from wemmu_jax.planning.plan import DoesNotFit, branches, plan_stage
 from wemmu_jax.planning.predict import Predictor, Times
 from wemmu_jax.planning.programs import Compiled, Key, Library, Setting, compile_program
-from wemmu_jax.planning.search import search
+from wemmu_jax.planning.search import POLICIES, search
 from wemmu_jax.planning.shapes import shares, squarest
-from wemmu_jax.training.curriculum import Remat, load_config
+from wemmu_jax.training.curriculum import load_config
 
 
 @pytest.fixture(autouse=True)
@@ -178,7 +178,7 @@ def test_nothing_that_search_tries_fits(tmp_path, monkeypatch):
         search(setting(**{"mesh.fsdp": 4}), Library(tmp_path), say=lines.append)
     rows = [line.partition(",")[0] for line in lines]
     assert rows[:2] == ["rows=768", "rows=576"] and rows[-2:] == ["rows=8", "rows=8"]
-    assert "fsdp=8" in lines[-1] and len(lines) % len(Remat) == 0
+    assert "fsdp=8" in lines[-1] and len(lines) % len(POLICIES) == 0
 
 
 @dataclasses.dataclass

@@ -174,6 +174,7 @@ def config_of(converted):
         made.init = str(init or converted)
         made.update_from_flattened_dict(
             {
+                "model.remat": "full",
                 "data.resolution": 32,
                 "data.buckets": 1,
                 "data.text_lengths": (96,),

@@ -15,6 +15,8 @@ import jax
 
 _policies = jax.checkpoint_policies
 
+_KEEP_ALL = ("none", "unrolled")
+
 # name -> what the backward pass finds saved; None saves nothing but the layer's inputs.
 _SAVEABLE: dict[str, Callable[..., bool] | None] = {
     "full": None,
@@ -36,7 +38,7 @@ def remat(module_class: type[nn.Module], policy: str) -> type[nn.Module]:
 
     Args:
       module_class: a layer; the values and the gradients stay those of the plain class.
-      policy: "none" keeps everything, "full" keeps a layer's inputs alone, "dots" keeps the products of
+      policy: "none" and "unrolled" keep everything, "full" keeps a layer's inputs alone, "dots" keeps the products of
         activations and weights (matmuls without batch dimensions) as well, "named" what has one of the names above
         instead, so that neither attention nor MLP runs again; "offload" keeps a layer's inputs and what attention
         returned, both in the host's memory.
@@ -44,10 +46,17 @@ def remat(module_class: type[nn.Module], policy: str) -> type[nn.Module]:
     Raises:
       ValueError: `policy` is not one of these.
     """
-    if policy == "none":
+    if policy in _KEEP_ALL:
         return module_class
     if policy not in _SAVEABLE:
-        known = ", ".join(["none", *_SAVEABLE])
+        known = ", ".join([*_KEEP_ALL, *_SAVEABLE])
         raise ValueError(f"unknown remat policy {policy!r}; the known ones are {known}")
     # prevent_cse guards against XLA undoing the recomputation, which cannot happen across a scan's steps.
     return nn.remat(module_class, policy=_SAVEABLE[policy], prevent_cse=False)
+
+
+def unroll(policy: str, layers: int) -> int:
+    """How many of `layers` one turn of their loop runs: all with "unrolled", which then keeps what it keeps where it
+    was computed, instead of copying it into the loop's arrays and out again. That is faster on a CPU, and compiles for
+    as much longer as there are layers."""
+    return layers if policy == "unrolled" else 1

@@ -9,6 +9,7 @@ from wemmu_jax.sharding.mesh import row_shards
 from wemmu_jax.training.curriculum import Remat
 
 BY = "raw_overlapped"  # what is made small
+POLICIES = tuple(policy for policy in Remat if policy is not Remat.UNROLLED)
 
 
 def search(
@@ -41,7 +42,7 @@ def search(
         return tried[key]
 
     tried: dict[tuple, StagePlan | None] = {}
-    ends = [_descend(setting.changed({"model.remat": remat.value}), plan) for remat in Remat]
+    ends = [_descend(setting.changed({"model.remat": remat.value}), plan) for remat in POLICIES]
     fitting = [end for end in ends if end is not None]
     if not fitting:
         raise DoesNotFit(

@@ -52,6 +52,7 @@ class Remat(enum.StrEnum):
     """What the backward pass recomputes, see `wemmu_jax.ops.remat`."""
 
     NONE = "none"
+    UNROLLED = "unrolled"
     FULL = "full"
     DOTS = "dots"
     NAMED = "named"

@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from wemmu_jax.models.qwen2_5_vl.config import TextConfig
 from wemmu_jax.ops.attention import Mask, attention
 from wemmu_jax.ops.norms import RMSNorm
-from wemmu_jax.ops.remat import remat
+from wemmu_jax.ops.remat import remat, unroll
 from wemmu_jax.ops.rotary import multimodal_angles, rotate
 
 
@@ -223,6 +223,7 @@ class DecoderStack(nn.Module):
             in_axes=(0, nn.broadcast, nn.broadcast),
             out_axes=0,
             length=config.num_hidden_layers,
+            unroll=unroll(self.remat, config.num_hidden_layers),
         )(
             config,
             self.dtype,

@@ -12,7 +12,7 @@ from wemmu_jax.models.qwen2_5_vl.config import VISION_RMS_NORM_EPS, VISION_ROPE_
 from wemmu_jax.models.qwen2_5_vl.images import PackedImages
 from wemmu_jax.ops.attention import Mask, attention
 from wemmu_jax.ops.norms import RMSNorm
-from wemmu_jax.ops.remat import remat
+from wemmu_jax.ops.remat import remat, unroll
 from wemmu_jax.ops.rotary import inverse_frequencies, rotate
 
 
@@ -157,6 +157,7 @@ class VisionTransformer(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast),
             length=config.depth,
+            unroll=unroll(self.remat, config.depth),
         )
         x, _ = layers(config, self.dtype, name="layers")(x, is_full, angles, images.segments)
         tokens = PatchMerger(config, self.dtype, name="merger")(x)

@@ -24,7 +24,7 @@ from wemmu_jax.models.sana.config import SanaConfig
 from wemmu_jax.ops.attention import Mask, attention
 from wemmu_jax.ops.convolution import DepthwiseConv
 from wemmu_jax.ops.norms import RMSNorm, layer_norm
-from wemmu_jax.ops.remat import remat
+from wemmu_jax.ops.remat import remat, unroll
 
 TIME_CHANNELS = 256
 QK_NORM_EPS = 1e-5
@@ -276,6 +276,7 @@ class SanaTransformer(nn.Module):
             split_rngs={"params": True},
             in_axes=nn.broadcast,
             length=config.num_layers,
+            unroll=unroll(self.remat, config.num_layers),
         )
         x, _ = blocks(config, dtype, name="blocks")(x, condition, mask, modulation)
         return OutputLayer(config.out_channels, name="output")(x, embedded_time)
