@@ -10,7 +10,7 @@ import ml_collections
 from configs.wemmu_3b import get_config as paper_config
 from wemmu_jax.tiny.backbones import BRIDGE
 
-STEPS = {"stage1": 1500, "stage2": 3000, "stage3": 4000, "stage4": 3000}
+STEPS = {"stage1": 1500, "stage2": 12_000, "stage3": 12_000, "stage4": 6000}
 
 
 def _miniworld(split: str, size: int) -> list[dict]:
@@ -45,11 +45,11 @@ def get_config(stage: str) -> ml_collections.ConfigDict:
     config.paper.batch = config.batch.rows * config.batch.micro_batches
     config.paper.steps = config.optimizer.steps = STEPS[stage]
     config.optimizer.warmup = 100
-    config.optimizer.learning_rate = 1e-3 if stage in ("stage1", "stage2") else 5e-4
+    config.optimizer.learning_rate = 5e-4 if stage == "stage4" else 1e-3
     config.optimizer.ema = 0.998
     config.mesh.fsdp = 1
     config.validation_rows = 16
-    config.every.update({"log": 50, "checkpoint": 250, "validate": 500, "sample": 500})
+    config.every.update({"log": 50, "checkpoint": 500, "validate": 1000, "sample": 1000})
     return config
 
 
