@@ -71,13 +71,17 @@ def test_change_and_keeping_are_graded_apart():
     overdone = grade("black", wanted, star)
     assert overdone.changed and not overdone.kept and not overdone.correct
     assert overdone.reason == "not kept: background colour is black, not white"
+    assert overdone.facts == 4 / 5  # the background's, and two of either object
     lost = grade("white", wanted)
-    assert lost.changed and not lost.kept
+    assert lost.changed and not lost.kept and lost.facts == 3 / 5
     other_shape = grade("white", Object("ring", "green", "top left"), star)
     assert other_shape.changed and not other_shape.kept
     missed = grade("white", Object("circle", "cyan", "top left"), star)
     assert missed.kept and not missed.changed and not missed.copied
     assert missed.reason == "not changed: top left colour is cyan, not green"
+    added = grade("white", wanted, star, Object("ring", "blue", "top right"))
+    assert added.changed and not added.kept and added.facts == 5 / 7
+    assert grade("white", wanted, star).facts == 1.0
 
 
 def test_blank_and_noise_are_never_right():

@@ -48,7 +48,7 @@ def jobs(
 
 # Guesses for one core, until jobs of a kind are done: samples of training and pictures of grading a second, and the
 # seconds that a job takes before it begins.
-_SAMPLES, _PICTURES, _START = 25.0, 4.0, 40.0
+_SAMPLES, _PICTURES, _START = 32.0, 4.0, 60.0
 
 
 def estimate(todo: Sequence[Job], *, budget: str, ledger: Ledger) -> float:

@@ -34,6 +34,12 @@ NAMES = {
     "straight": "ViT features straight to the DiT",
 }
 _WINDOW = 50  # steps that a loss curve is the mean of
+_EDIT_FIELDS = ("changed", "kept", "facts", "copied")
+_EDIT_HEADS = ("edits right", *_EDIT_FIELDS, "T2I", "Rec", "Rec facts")
+_FIELDS = (
+    "`changed`: what was asked for is there; `kept`: all else is as it was; `facts`: the share of background, places, "
+    "shapes and colours that are as wanted; `copied`: the source came back unchanged."
+)
 
 
 def write(docs: pathlib.Path, section: str, text: str) -> None:
@@ -131,15 +137,13 @@ def _queries(one: Study, results: Results) -> str:
         runs = [run for run in one.runs if run.arm == arm]
         scores = [results.scores(run) for run in runs]
         edits = [_spread([s["S-Edit"][kind] for s in scores]) for kind in kinds]
-        copied = _spread([results.share(run, "S-Edit", "copied") for run in runs])
-        others = [_spread([s[task]["overall"] for s in scores]) for task in ("T2I", "Rec")]
-        rows.append([NAMES[arm], *edits, copied, *others])
+        others = zip(*(_edit_row(run, results)[1:] for run in runs), strict=True)
+        rows.append([NAMES[arm], *edits, *map(_spread, others)])
     shown = _sheet("queries", "S-Edit", [Run(arm, 0, "stage3") for arm in arms], results)
     seeds = len(one.runs) // len(arms)
-    note = (
-        f"Mean and standard deviation over {seeds} seeds; `copied`: the source came back unchanged."
-    )
-    return f"{table(['queries', *kinds, 'copied', 'T2I', 'Rec'], rows)}\n\n{note}\n\n{shown}"
+    note = f"Mean and standard deviation over {seeds} seeds. {_FIELDS}"
+    heads = ["queries", *kinds, *_EDIT_HEADS[1:]]
+    return f"{table(heads, rows)}\n\n{note}\n\n{shown}"
 
 
 def _sheet(name: str, task: str, runs: Sequence[Run], results: Results) -> str:
@@ -157,12 +161,15 @@ def _sheet(name: str, task: str, runs: Sequence[Run], results: Results) -> str:
 
 
 def _edit_row(run: Run, results: Results) -> list[float]:
-    fields = [results.share(run, "S-Edit", f) for f in ("correct", "changed", "kept", "copied")]
+    fields = [results.share(run, "S-Edit", field) for field in ("correct", *_EDIT_FIELDS)]
     scores = results.scores(run)
-    return [*fields, scores["T2I"]["overall"], scores["Rec"]["overall"]]
+    rec = results.share(run, "Rec", "facts")
+    return [*fields, scores["T2I"]["overall"], scores["Rec"]["overall"], rec]
 
 
-_EDIT_HEADS = ("edits right", "changed", "kept", "copied", "T2I", "Rec")
+def _edit_table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Rows that end in an `_edit_row`."""
+    return f"{table([*heads, *_EDIT_HEADS], rows)}\n\n{_FIELDS}"
 
 
 def _collapse(one: Study, results: Results) -> str:
@@ -176,7 +183,7 @@ def _collapse(one: Study, results: Results) -> str:
     rows = [[NAMES[r.arm], meant[r.phase], *_edit_row(r, results)] for r in one.runs]
     compared = [run for run in one.runs if run.phase in ("edits", "joint2")]
     shown = _sheet("collapse", "S-Edit", compared, results)
-    return f"{table(['queries', 'trained on', *_EDIT_HEADS], rows)}\n\n{shown}"
+    return f"{_edit_table(['queries', 'trained on'], rows)}\n\n{shown}"
 
 
 def _several(one: Study, results: Results) -> str:
@@ -254,7 +261,7 @@ def _vit(one: Study, results: Results) -> str:
     names = {"stage3": "frozen", "stage3-vit": "learns"}
     rows = [[names[run.phase], *_edit_row(run, results)] for run in one.runs]
     shown = _curves("vit", one.runs, "train/loss", "training loss", results)
-    return f"{table(['ViT', *_EDIT_HEADS], rows)}\n\n{shown}"
+    return f"{_edit_table(['ViT'], rows)}\n\n{shown}"
 
 
 def _stream(one: Study, results: Results) -> str:
@@ -265,7 +272,7 @@ def _stream(one: Study, results: Results) -> str:
         f"The learned scale of the noise after stage 3: mean {scale.mean():.3f}, standard deviation over channels "
         f"{scale.std():.3f}, from {scale.min():.3f} to {scale.max():.3f}; it began at 1."
     )
-    return f"{table(['bridge', *_EDIT_HEADS], rows)}\n\n{note}"
+    return f"{_edit_table(['bridge'], rows)}\n\n{note}"
 
 
 def _pathway(one: Study, results: Results) -> str:

@@ -27,7 +27,14 @@ class Grade:
 
 
 @dataclasses.dataclass(frozen=True)
-class ChangeGrade(Grade):
+class SceneGrade(Grade):
+    """`facts`: of all that the picture shows or was to show, the share that is as wanted."""
+
+    facts: float
+
+
+@dataclasses.dataclass(frozen=True)
+class ChangeGrade(SceneGrade):
     """`changed`: all that was asked for is there. `kept`: everything else is as it was. `copied`: the picture
     shows the (first) source scene again."""
 
@@ -38,6 +45,10 @@ class ChangeGrade(Grade):
 
 def _grade(faults: list[str]) -> Grade:
     return Grade(not faults, "; ".join(faults) or "right")
+
+
+def _scene_grade(faults: list[str], facts: set) -> dict:
+    return {**dataclasses.asdict(_grade(faults)), "facts": 1 - len(faults) / len(facts)}
 
 
 def stands(a: Seen, b: Seen, relation: str) -> bool:
@@ -90,10 +101,8 @@ def _score_change(reading: Reading, source: Scene, target: Scene) -> ChangeGrade
     spoiled = _differences(found, after, facts - asked)
     faults = [f"not changed: {fault}" for fault in missed]
     faults += [f"not kept: {fault}" for fault in spoiled]
-    grade = _grade(faults)
     return ChangeGrade(
-        grade.correct,
-        grade.reason,
+        **_scene_grade(faults, facts),
         changed=not missed,
         kept=not spoiled,
         copied=found == before,
@@ -110,7 +119,8 @@ def score_composition(image: np.ndarray, composition: Composition) -> ChangeGrad
     return _score_change(read(image), composition.sources[0], composition.target)
 
 
-def score_reconstruction(image: np.ndarray, scene: Scene) -> Grade:
+def score_reconstruction(image: np.ndarray, scene: Scene) -> SceneGrade:
     """Grades uint8[H, W, 3] as another picture of `scene`: every fact is the same, and there is nothing else."""
     found, wanted = read(image).attributes(), scene.attributes()
-    return _grade(_differences(found, wanted, {*found, *wanted}))
+    facts = {*found, *wanted}
+    return SceneGrade(**_scene_grade(_differences(found, wanted, facts), facts))
