@@ -1,9 +1,11 @@
-"""JSON files, read with errors that name them and written in one step."""
+"""Files written in one step, and JSON in them, read with errors that name them."""
 
+import contextlib
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+import uuid
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 
@@ -27,8 +29,22 @@ def read_object(file: str | pathlib.Path, *, keys: Sequence[str] = ()) -> dict[s
     return value
 
 
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Where to write what takes the place of `path`, in one step, when the block ends; gone if it fails.
+
+    The name is nobody else's: hosts share folders, and in containers of their own they share process ids too.
+    """
+    partial = path.with_name(f"{path.name}.partial-{uuid.uuid4()}")
+    try:
+        yield partial
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
 def write_json(path: pathlib.Path, value: dict) -> None:
     """Writes a file in one step, so that it is never seen half there."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2, default=str) + "\n")
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(value, indent=2, default=str) + "\n")

@@ -1,8 +1,9 @@
 """DC-AE latents that were computed beforehand, found by the picture that they were computed from.
 
 A folder of parts, each a file of values and a sorted column of keys, and one sorted column over all of them that
-workers map into memory. A key is the picture's checksum, its bytes and the size at which the DC-AE read it; so the
-same latents serve every data set, task and stage of a resolution, and a picture that changed finds none.
+workers map into memory. A key is the picture's checksum in the index, its bytes and the size at which the DC-AE read
+it; so the same latents serve every data set, task and stage of a resolution, and a picture that changed finds none
+once its index is renewed.
 
     meta.json            which DC-AE, how many parts
     parts/00000.npy      PART[n], sorted by key
@@ -11,7 +12,6 @@ same latents serve every data set, task and stage of a resolution, and a picture
 """
 
 import json
-import os
 import pathlib
 import zlib
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ import numpy as np
 
 from wemmu_jax.data import storage
 from wemmu_jax.data.records import Picture
-from wemmu_jax.files import read_object, write_json
+from wemmu_jax.files import read_object, replacing, write_json
 
 DTYPE = np.dtype(np.float16)  # the latents' own spread is 1: rounded by 2**-11 of it
 PART = np.dtype([("key", "<u8"), ("at", "<u8"), ("size", "<u4")])
@@ -121,18 +121,15 @@ def write_part(
 ) -> None:
     """Writes a part; its column of keys last, so that a part is there or is not."""
     name = folder / f"parts/{part:05}"
-    partial = name.with_name(f"{name.name}.partial-{os.getpid()}")
     rows, at = [], 0
-    with partial.open("wb") as values:
+    with replacing(name.with_suffix(".bin")) as partial, partial.open("wb") as values:
         for key, array in zip(keys, latents, strict=True):
             data = np.ascontiguousarray(array, DTYPE).tobytes()
             values.write(data)
             rows.append((key, at, len(data)))
             at += len(data)
-    partial.rename(f"{name}.bin")
-    with partial.open("wb") as column:
+    with replacing(name.with_suffix(".npy")) as partial, partial.open("wb") as column:
         np.save(column, np.sort(np.array(rows, PART), order="key"))
-    partial.rename(f"{name}.npy")
 
 
 def finish_features(folder: pathlib.Path, parts: int) -> bool:
@@ -147,7 +144,6 @@ def finish_features(folder: pathlib.Path, parts: int) -> bool:
         places[name] = np.concatenate([column[name] for column in columns] or [np.zeros(0)])
     order = np.argsort(keys, kind="stable")
     for name, column in (("places", places[order]), ("keys", keys[order])):
-        partial = folder / f"{name}.partial-{os.getpid()}.npy"
-        np.save(partial, column)
-        partial.rename(folder / f"{name}.npy")
+        with replacing(folder / f"{name}.npy") as partial, partial.open("wb") as file:
+            np.save(file, column)
     return True

@@ -1,12 +1,12 @@
 """Packing a data set into ArrayRecord files: one read for a record, wherever its pictures lay before."""
 
-import os
 import pathlib
 
 from wemmu_jax.data.formats import array_record
 from wemmu_jax.data.index import Problem
 from wemmu_jax.data.indexing import Progress, each
 from wemmu_jax.data.sources import IndexedSource
+from wemmu_jax.files import replacing
 
 
 def pack(
@@ -41,17 +41,16 @@ def pack(
 
 def _pack_shard(source: IndexedSource, start: int, stop: int, file: str) -> list[Problem]:
     problems = []
-    partial = f"{file}.partial-{os.getpid()}"
-    out = array_record.writer(partial)
-    for number in range(start, stop):
-        key = source.index.key(number)
-        try:
-            pictures = [source.read(found) for found in source.index.pictures(number)]
-        except (ValueError, OSError) as error:
-            problems.append(Problem(key, str(error)))
-            continue
-        index = source.index
-        out.write(array_record.pack(key, index.text(number), pictures, index.turns(number)))
-    out.close()
-    os.replace(partial, file)
+    with replacing(pathlib.Path(file)) as partial:
+        out = array_record.writer(str(partial))
+        for number in range(start, stop):
+            key = source.index.key(number)
+            try:
+                pictures = [source.read(found) for found in source.index.pictures(number)]
+            except (ValueError, OSError) as error:
+                problems.append(Problem(key, str(error)))
+                continue
+            index = source.index
+            out.write(array_record.pack(key, index.text(number), pictures, index.turns(number)))
+        out.close()
     return problems

@@ -7,7 +7,6 @@ batch. Captions go to sidecars that sources read, a part at a time; a part that 
 import concurrent.futures
 import functools
 import json
-import os
 import pathlib
 from collections.abc import Sequence
 
@@ -20,6 +19,7 @@ from wemmu_jax.data.buckets import Bucket, make_buckets, nearest_indices
 from wemmu_jax.data.indexing import Progress
 from wemmu_jax.data.prompts import DESCRIPTION_PROMPT
 from wemmu_jax.data.sources import IndexedSource
+from wemmu_jax.files import replacing
 from wemmu_jax.inference.sampling import Sampler
 from wemmu_jax.models.qwen2_5_vl.decode import Sampling
 from wemmu_jax.models.wemmu.config import BridgeConfig, WeMMUConfig
@@ -210,6 +210,5 @@ def _load(source: IndexedSource, bucket: Bucket, number: int) -> np.ndarray | st
 
 
 def _write(file: pathlib.Path, rows: list[dict]) -> None:
-    partial = file.with_name(f"{file.name}.partial-{os.getpid()}")
-    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    partial.rename(file)
+    with replacing(file) as partial:
+        partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -1,0 +1,58 @@
+"""Files that several processes of one folder write."""
+
+import json
+import os
+import pathlib
+
+import numpy as np
+import pytest
+
+from wemmu_jax import files
+from wemmu_jax.data import features
+from wemmu_jax.files import read_object, replacing, write_json
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    file = tmp_path / "a.json"
+    write_json(file, {"a": 1})
+    with pytest.raises(ZeroDivisionError), replacing(file) as partial:
+        partial.write_text("half")
+        raise ZeroDivisionError
+    assert read_object(file) == {"a": 1} and list(tmp_path.iterdir()) == [file]
+
+
+def test_two_processes_that_write_one_file(tmp_path, monkeypatch):
+    """They may share even their id, each in a container of its own."""
+    replace, file = os.replace, tmp_path / "a.json"
+
+    def slow(source, target):
+        monkeypatch.setattr(files.os, "replace", replace)
+        write_json(file, {"by": "the other"})
+        replace(source, target)
+
+    monkeypatch.setattr(files.os, "replace", slow)
+    write_json(file, {"by": "this one"})
+    assert read_object(file) == {"by": "this one"} and list(tmp_path.iterdir()) == [file]
+
+
+class Slow(list):
+    """Latents during whose writing another process writes the same part."""
+
+    folder: pathlib.Path
+
+    def __iter__(self):
+        features.write_part(self.folder, 0, [1, 2], list(self[:]))
+        return super().__iter__()
+
+
+def test_two_processes_that_write_one_part_of_the_latents(tmp_path):
+    features.start_features(tmp_path, {"model": "m", "parts": 1, "channels": 1, "ratio": 32})
+    latents = Slow([np.full((1, 1, 1), value, np.float16) for value in (3, 4)])
+    latents.folder = tmp_path
+    features.write_part(tmp_path, 0, [1, 2], latents)
+    assert features.finish_features(tmp_path, 1)
+    assert (tmp_path / "parts/00000.bin").read_bytes() == np.float16([3, 4]).tobytes()
+    names = sorted(path.name for path in tmp_path.rglob("*"))
+    assert names == ["00000.bin", "00000.npy", "keys.npy", "meta.json", "parts", "places.npy"]
+    assert len(features.Features(tmp_path)) == 2
+    assert json.loads((tmp_path / "meta.json").read_text())["parts"] == 1
