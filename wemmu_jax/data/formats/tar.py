@@ -106,12 +106,14 @@ def checked_text(text: object) -> str:
     """A caption without space around it.
 
     Raises:
-      ValueError: it is no text, or an empty one, or no Unicode.
+      ValueError: it is no text, or an empty one, or no Unicode, or has NULs, which a hole in a file reads as.
     """
     if not isinstance(text, str):
         raise ValueError(f"expected a text, found {type(text).__name__}")
     if not text.strip():
         raise ValueError("the text is empty")
+    if "\0" in text:
+        raise ValueError("the text has NUL characters: a part of it is lost")
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -131,7 +133,7 @@ def members(path: str) -> Iterator[Member]:
         return
     if storage.read(path, 0, min(size, 2)) == b"\x1f\x8b":
         raise ValueError(f"{path}: a compressed tar cannot be read at random: unpack it")
-    end = 0
+    end, gaps = 0, []
     with storage.open_file(path) as file:
         tar = _open(file, size)
         while tar is not None:
@@ -145,16 +147,19 @@ def members(path: str) -> Iterator[Member]:
             tar.members.clear()
             if info is None:
                 break
-            gap = _gap(path, end, info.offset)
-            end = -(-(info.offset_data + info.size) // _BLOCK) * _BLOCK
+            gaps += _gap(path, end, info.offset)
+            end = tar.offset
             if info.offset_data + info.size > size:
                 after = f"the tar is cut: {info.name} should end at {info.offset_data + info.size}"
-                yield Member(info.name, info.offset_data, -1, f"{after}, the file ends at {size}")
+                gaps.append(f"{after}, the file ends at {size}")
+                yield Member(info.name, info.offset_data, -1, "; ".join(gaps))
                 return
+            # What was skipped before a folder or a link is told with the next file.
             if info.isreg():
-                yield Member(info.name, info.offset_data, info.size, gap)
-    if tail := _gap(path, end, size):
-        yield Member("", 0, -1, tail)
+                yield Member(info.name, info.offset_data, info.size, "; ".join(gaps))
+                gaps.clear()
+    if gaps := [*gaps, *_gap(path, end, size)]:
+        yield Member("", 0, -1, "; ".join(gaps))
 
 
 def _open(file: BinaryIO, size: int) -> tarfile.TarFile | None:
@@ -168,15 +173,15 @@ def _open(file: BinaryIO, size: int) -> tarfile.TarFile | None:
     return None
 
 
-def _gap(path: str, start: int, end: int) -> str:
-    """What lies between two members if it is not only zeros."""
+def _gap(path: str, start: int, end: int) -> list[str]:
+    """What lies between two members if it is not only zeros; one text or none."""
     at = start
     while at < end:
         data = storage.read(path, at, min(end - at, 1 << 20))
         if data.strip(b"\0"):
-            return f"{end - start} bytes at {start} belong to no file: a header is damaged"
+            return [f"{end - start} bytes at {start} belong to no file: a header is damaged"]
         at += len(data)
-    return ""
+    return []
 
 
 def _samples(path: str) -> Iterator[tuple[str, dict[str, Member]]]:
