@@ -107,10 +107,12 @@ def synthesise(folder: pathlib.Path, records: int) -> None:
         column.flush()
     name = str(folder / "0.bin").encode()
     np.save(target / "names.npy", np.array([0, len(name)]))
+    np.save(target / "stamps.npy", np.zeros(1, np.uint64))
+    np.save(target / "units.npy", np.array([[records, 0]]))
     (target / "names.bin").write_bytes(name)
     (target / "texts.bin").write_bytes(key + text)
     (target / "problems.jsonl").touch()
-    rows = dict.fromkeys(columns, records) | {"names": 2}
+    rows = dict.fromkeys(columns, records) | {"names": 2, "stamps": 1, "units": 1}
     write_json(target / "meta.json", {"version": index.VERSION, "rows": rows, "problems": 0})
 
 

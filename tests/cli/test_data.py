@@ -84,6 +84,27 @@ def test_check_says_what_is_wrong(wemmu, photos):
     )
 
 
+def test_a_set_that_is_repaired_is_good_again(wemmu, photos):
+    def check():
+        return wemmu("data", "check", photos, "--processes", 0)
+
+    missing = photos.parent / "4.png"
+    content = missing.read_bytes()
+    missing.unlink()
+    result = check()
+    assert result.code == 2 and re.search(r"5:4\.png: .*4\.png: no such file", result.out)
+    missing.write_bytes(content)
+    result = check()
+    assert result.code == 0 and "unreadable 0" in " ".join(result.out.split()), result
+    Image.new("RGB", (48, 48), "red").save(photos.parent / "9.png")
+    result = check()
+    named = re.findall(r"^  (\d+):\S+ .*`wemmu data index` reads anew", result.out, re.MULTILINE)
+    assert result.code == 2 and named == ["10", "12"], "the edit that it is a source of, too"
+    result = wemmu("data", "index", photos, "--processes", 0)
+    assert result.code == 0 and "photos: 30 records, 0 left out" in result.out
+    assert check().code == 0
+
+
 def test_specs_that_cannot_be(refused, photos):
     assert "no such file" in refused("data", "check", "nothing.yaml")
     assert "--set other" in refused("data", "check", photos, "--set", "other")

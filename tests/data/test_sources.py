@@ -9,7 +9,7 @@ import yaml
 from PIL import Image
 
 from wemmu_jax.data.buckets import make_buckets
-from wemmu_jax.data.formats import lists
+from wemmu_jax.data.formats import lists, rows
 from wemmu_jax.data.pools import gather_pools
 from wemmu_jax.data.sources import build_feeds, build_source
 from wemmu_jax.data.tasks import Task
@@ -208,7 +208,7 @@ def test_a_bad_value_of_a_folder_is_named(folder, change):
 
 def test_a_build_that_was_stopped_goes_on(folder, monkeypatch):
     write(folder, *[{**CAPTION, "caption": f"flag {n}"} for n in range(10)])
-    monkeypatch.setattr(lists, "CHUNK", 4)
+    monkeypatch.setattr(rows, "CHUNK", 4)
     scanned, scan = [], lists.Folder.scan
 
     def stopped(self, unit):

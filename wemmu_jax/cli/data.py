@@ -12,7 +12,7 @@ from typing import Any
 from wemmu_jax.cli.arguments import whole
 
 ACTIONS = {
-    "index": "reads the sets once, so that training opens them at once",
+    "index": "reads the sets once, so that training opens them at once; again, what changed since",
     "check": "reads and decodes everything, and says what is wrong; fails if anything is",
     "show": "an HTML page of samples as training sees them",
     "encode": "computes the DC-AE latents of all that a stage trains on",
@@ -74,7 +74,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _index(args: argparse.Namespace) -> None:
-    for name, source in _sources(args, processes=args.processes):
+    from wemmu_jax.data.indexing import Renewal
+
+    for name, source in _sources(args, processes=args.processes, renewal=Renewal.CHANGED):
         index = source.index
         print(f"{name}: {len(index):,} records, {index.problem_count:,} left out; {index.folder}")
 
@@ -82,10 +84,11 @@ def _index(args: argparse.Namespace) -> None:
 def _check(args: argparse.Namespace) -> None:
     from wemmu_jax.data.buckets import make_buckets
     from wemmu_jax.data.checking import check, duplicate_keys
+    from wemmu_jax.data.indexing import Renewal
 
     buckets = make_buckets(args.resolution, multiple=32)
     bad = []
-    for name, source in _sources(args, processes=args.processes):
+    for name, source in _sources(args, processes=args.processes, renewal=Renewal.LEFT_OUT):
         with _bar(f"{name}: decoding") as progress:
             report = check(source, buckets, processes=args.processes, progress=progress)
         twice = duplicate_keys(source)
@@ -245,15 +248,15 @@ def _entries(args: argparse.Namespace) -> list[dict[str, Any]]:
     ]
 
 
-def _sources(args: argparse.Namespace, *, processes: int):
-    """(name, source) of each set that is on disk."""
+def _sources(args: argparse.Namespace, **options):
+    """(name, source) of each set that is on disk. `options`: of `build_source`."""
     from wemmu_jax.data.sources import IndexedSource, build_source
 
     for number, entry in enumerate(_entries(args)):
         name = str(entry.get("name", number))
         spec = {k: v for k, v in entry.items() if k not in ("name", "tasks", "weight")}
         with _bar(f"{name}: indexing") as progress:
-            source = build_source(spec, processes=processes, progress=progress)
+            source = build_source(spec, progress=progress, **options)
         if isinstance(source, IndexedSource):
             yield name, source
         else:

@@ -13,7 +13,9 @@ that are done are kept, so that a build that was stopped goes on.
     texts.bin          keys and texts, UTF-8; a conversation's text is the JSON of its turns
     names.npy          int64[F + 1]   where each file's name begins in names.bin
     names.bin
-    problems.jsonl     what cannot be a record: key and reason
+    stamps.npy         uint64[F]      a hash of each file's size and time when it was read
+    units.npy          int64[U, 2]    how many records and problems each unit gave
+    problems.jsonl     what cannot be a record: key, reason, and whether reading again may help
     meta.json          what it was made from, written last
 """
 
@@ -22,18 +24,15 @@ import json
 import mmap
 import pathlib
 import shutil
-import uuid
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol, TextIO
 
 import numpy as np
 
-from wemmu_jax.data.pictures import picture_size
 from wemmu_jax.data.records import Turn
 from wemmu_jax.files import read_object, write_json
 
-VERSION = 2
+VERSION = 3
 MOST_SOURCES = 4  # of a record: the curriculum composes one to four pictures
 
 RECORD = np.dtype(
@@ -42,7 +41,9 @@ RECORD = np.dtype(
 PICTURE = np.dtype(
     [("at", "<u8"), ("file", "<u4"), ("size", "<u4"), ("crc", "<u4"), ("height", "<u4"), ("width", "<u4")]
 )  # fmt: skip
-_COLUMNS = ("sizes", "source_counts", "conversations", "records", "pictures", "names")
+_COLUMNS = (
+    "sizes", "source_counts", "conversations", "records", "pictures", "names", "stamps", "units",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,14 +74,33 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """Something that should have been a record and is none: what it is called, and why."""
+    """Something that should have been a record and is none.
+
+    Attributes:
+      key: what it is called.
+      reason: why.
+      again: whether reading again may help though no file changes: a disk or a network failed.
+    """
 
     key: str
     reason: str
+    again: bool = False
+
+
+def unread(key: str, error: Exception, *, where: str = "") -> Problem:
+    """What an error that was met while reading says about a record. `where`: what the error does not name itself."""
+    again = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+    return Problem(key, f"{where}: {error}" if where else str(error), again)
 
 
 class Format(Protocol):
-    """A way in which data sets lie on disk. A dataclass: its fields are what a config entry says."""
+    """A way in which data sets lie on disk. A dataclass: its fields are what a config entry says.
+
+    Attributes:
+      loose: whether pictures or texts lie in files that are not among `inputs`; an index's name says nothing of these.
+    """
+
+    loose: bool
 
     def inputs(self) -> Sequence[str]:
         """The files that the index is made from; when one changes, the index is another."""
@@ -103,6 +123,21 @@ class Found:
     crc: int
     height: int
     width: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Earlier:
+    """What an earlier index found, which is not read again.
+
+    Attributes:
+      found: (path, place in it) -> what was there.
+      stamps: of the files then, as stamps.npy has them.
+      trusted: whether the files are taken not to have changed since; else their stamps are compared.
+    """
+
+    found: Mapping[tuple[str, int], Found] = dataclasses.field(default_factory=dict)
+    stamps: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    trusted: bool = False
 
 
 class Index:
@@ -130,7 +165,9 @@ class Index:
         self.sizes, self.source_counts = loaded["sizes"], loaded["source_counts"]
         self.conversations = loaded["conversations"]
         self._records, self._pictures = loaded["records"], loaded["pictures"]
-        self._names_at = loaded["names"]
+        self._names_at, self._stamps, self._units = (
+            loaded[name] for name in ("names", "stamps", "units")
+        )
         self._texts, self._names = (_map(self.folder / name) for name in ("texts.bin", "names.bin"))
 
     def __reduce__(self):
@@ -156,12 +193,9 @@ class Index:
 
     def pictures(self, index: int) -> tuple[Found, ...]:
         """A record's target, if it has one, then its sources."""
-        first = int(self._records["pictures_at"][index])
-        count = int(self.source_counts[index]) + (not self.conversations[index])
-        rows = self._pictures[first : first + count]
         return tuple(
             Found(Place(self._name(file), at, size), crc, height, width)
-            for at, file, size, crc, height, width in rows.tolist()
+            for at, file, size, crc, height, width in self._rows(index).tolist()
         )
 
     def checksums(self) -> np.ndarray:
@@ -178,6 +212,37 @@ class Index:
         """How many `problems` there are."""
         return read_object(self.folder / "meta.json")["problems"]
 
+    def units(self) -> list[tuple[range, list[Problem]]]:
+        """The records and the problems of each unit."""
+        ends = np.cumsum(self._units, axis=0)
+        problems = self.problems()
+        return [
+            (range(record - records, record), problems[problem - wrong : problem])
+            for (record, problem), (records, wrong) in zip(
+                ends.tolist(), self._units.tolist(), strict=True
+            )
+        ]
+
+    def entry(self, index: int) -> Entry:
+        """A record as a scan found it."""
+        places = tuple(one.place for one in self.pictures(index))
+        return Entry(self.key(index), self.text(index), places, self.turns(index))
+
+    def earlier(self, records: range, *, trusted: bool) -> Earlier:
+        """What is known of the pictures of a unit's records."""
+        found, stamps = {}, {}
+        for index in records:
+            files = self._rows(index)["file"].tolist()
+            for one, file in zip(self.pictures(index), files, strict=True):
+                found[one.place.path, one.place.at] = one
+                stamps[one.place.path] = int(self._stamps[file])
+        return Earlier(found, stamps, trusted)
+
+    def _rows(self, index: int) -> np.ndarray:
+        first = int(self._records["pictures_at"][index])
+        count = int(self.source_counts[index]) + (not self.conversations[index])
+        return self._pictures[first : first + count]
+
     def _text(self, index: int) -> str:
         record = self._records[index]
         at = int(record["text_at"]) + int(record["key_size"])
@@ -188,45 +253,6 @@ class Index:
         return self._names[start:end].decode()
 
 
-def write_part(format: Format, entries: Iterable[Entry | Problem], folder: pathlib.Path) -> None:
-    """Reads and measures every picture of `entries` and writes them as an index of their own, whole or not at all."""
-    partial = folder.with_name(f"{folder.name}.partial-{uuid.uuid4()}")
-    partial.mkdir(parents=True)
-    sizes, source_counts, conversations, records, pictures = [], [], [], [], []
-    names: dict[str, int] = {}
-    text_at = 0
-    with (partial / "texts.bin").open("wb") as texts, _problem_file(partial) as problems:
-        for entry in entries:
-            found = entry if isinstance(entry, Problem) else _measure(format, entry)
-            if isinstance(found, Problem):
-                problems.write(json.dumps(dataclasses.asdict(found), ensure_ascii=False) + "\n")
-                continue
-            key, text = entry.key.encode(), _stored_text(entry).encode()
-            texts.write(key + text)
-            records.append((text_at, len(pictures), len(text), len(key)))
-            text_at += len(key) + len(text)
-            sizes.append((found[0].height, found[0].width) if found else (1, 1))
-            source_counts.append(len(found) - (not entry.turns))
-            conversations.append(bool(entry.turns))
-            for one in found:
-                file = names.setdefault(one.place.path, len(names))
-                place = one.place
-                pictures.append((place.at, file, place.size, one.crc, one.height, one.width))
-    encoded = [name.encode() for name in names]
-    (partial / "names.bin").write_bytes(b"".join(encoded))
-    columns = {
-        "sizes": np.array(sizes, np.int32).reshape(-1, 2),
-        "source_counts": np.array(source_counts, np.uint8),
-        "conversations": np.array(conversations, bool),
-        "records": np.array(records, RECORD),
-        "pictures": np.array(pictures, PICTURE),
-        "names": np.cumsum([0, *map(len, encoded)], dtype=np.int64),
-    }
-    for name, column in columns.items():
-        np.save(partial / f"{name}.npy", column)
-    settle(partial, folder)
-
-
 def settle(partial: pathlib.Path, folder: pathlib.Path) -> None:
     """Gives a finished folder its name, unless another process was faster with the same."""
     try:
@@ -235,6 +261,11 @@ def settle(partial: pathlib.Path, folder: pathlib.Path) -> None:
         if not folder.is_dir():
             raise
         shutil.rmtree(partial)
+
+
+def problem_file(folder: pathlib.Path) -> TextIO:
+    """An index's problems.jsonl, open for writing."""
+    return (folder / "problems.jsonl").open("w", encoding="utf-8", errors="replace")
 
 
 def merge_parts(parts: Sequence[pathlib.Path], folder: pathlib.Path, meta: dict[str, Any]) -> None:
@@ -260,7 +291,7 @@ def merge_parts(parts: Sequence[pathlib.Path], folder: pathlib.Path, meta: dict[
     with (
         (folder / "texts.bin").open("wb") as texts,
         (folder / "names.bin").open("wb") as names,
-        _problem_file(folder) as problem_lines,
+        problem_file(folder) as problem_lines,
     ):
         for part in parts:
             loaded = {name: np.array(_load(part / f"{name}.npy")) for name in _COLUMNS}
@@ -284,34 +315,6 @@ def merge_parts(parts: Sequence[pathlib.Path], folder: pathlib.Path, meta: dict[
     write_json(
         folder / "meta.json", {"version": VERSION, "rows": totals, "problems": problems, **meta}
     )
-
-
-def _measure(format: Format, entry: Entry) -> tuple[Found, ...] | Problem:
-    found: dict[Place, Found] = {}
-    try:
-        if not entry.key or len(entry.key.encode()) > 65535:
-            raise ValueError(f"expected a key of 1 to 65535 bytes, found {entry.key[:80]!r}")
-        sources = len(entry.places) - (not entry.turns)
-        if not 0 <= sources <= MOST_SOURCES:
-            raise ValueError(f"expected at most {MOST_SOURCES} source pictures, found {sources}")
-        for place in dict.fromkeys(entry.places):
-            data = format.read(place.path, place.at, place.size)
-            height, width = picture_size(data, name=f"{place.path} at {place.at}")
-            whole = dataclasses.replace(place, size=len(data))
-            found[place] = Found(whole, zlib.crc32(data), height, width)
-    except (ValueError, OSError) as error:
-        return Problem(entry.key[:200].encode(errors="replace").decode(), str(error))
-    return tuple(found[place] for place in entry.places)
-
-
-def _stored_text(entry: Entry) -> str:
-    if not entry.turns:
-        return entry.text
-    return json.dumps([dataclasses.astuple(turn) for turn in entry.turns], ensure_ascii=False)
-
-
-def _problem_file(folder: pathlib.Path):
-    return (folder / "problems.jsonl").open("w", encoding="utf-8")
 
 
 def _load(path: pathlib.Path) -> np.ndarray:

@@ -1,11 +1,17 @@
-"""Making and finding indexes. One is named by what it was made from, so that a stale one is never found.
+"""Making, finding and renewing indexes.
 
-They lie in `$WEMMU_INDEX`, by default `~/.cache/wemmu/index`; hosts may share it.
+They lie in `$WEMMU_INDEX`, by default `~/.cache/wemmu/index`; hosts may share it. One is named by the files that the
+format names, by their sizes and times, so that of these no stale one is found. Of pictures and texts in files of their
+own there are too many to look at whenever a set is opened: a renewal does, and what it finds is an index beside the
+one of before, `NAME.1`, `NAME.2`, ..., which runs may be reading. The last one counts.
 """
 
 import concurrent.futures
 import dataclasses
+import enum
+import filecmp
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -20,20 +26,31 @@ from wemmu_jax.data import storage
 from wemmu_jax.data.captions import load_captions
 from wemmu_jax.data.index import (
     VERSION,
+    Earlier,
     Entry,
     Format,
     Index,
     Problem,
     merge_parts,
     settle,
-    write_part,
 )
+from wemmu_jax.data.measuring import write_part
 
 Progress = Callable[[int, int], None]  # units done, units in all
 
 
+class Renewal(enum.Enum):
+    """What is read again of a set that has an index."""
+
+    NOTHING = enum.auto()
+    # What is no record, and texts in files of their own; a picture that changed is left to whoever reads it.
+    LEFT_OUT = enum.auto()
+    # That, and pictures whose files have another size or time.
+    CHANGED = enum.auto()
+
+
 def index_folder(format: Format, captions: str | list | tuple = ()) -> pathlib.Path:
-    """Where the index of a data set lies, or will lie."""
+    """Where the first index of a data set lies, or will lie."""
     files = [*format.inputs(), *(storage.expand(captions) if captions else ())]
     described = {
         "version": VERSION,
@@ -53,6 +70,7 @@ def open_index(
     *,
     processes: int = 0,
     progress: Progress | None = None,
+    renewal: Renewal = Renewal.NOTHING,
 ) -> Index:
     """The data set's index; made first where there is none.
 
@@ -61,31 +79,57 @@ def open_index(
       captions: sidecars of `wemmu data caption`, whose texts take the place of the set's own.
       processes: that read units; 0: this one.
       progress: is told when a unit is done.
+      renewal: what is read again where there is one.
 
     Raises:
       FileNotFoundError, ValueError: the set's list or a pattern cannot be read.
     """
     folder = index_folder(format, captions)
-    if not (folder / "meta.json").exists():
+    is_new = False
+    if not _is_there(folder):
         if progress is None:
             print(f"reading {_named(format)} to index it: {folder}", file=sys.stderr, flush=True)
+        building = folder.with_name(folder.name + ".building")
+        is_new = not building.exists()
         try:
-            _build(format, captions, folder, processes, progress or (lambda done, total: None))
-        except OSError:
+            _build(format, captions, folder, building, processes, progress or _silent)
+        except Exception:
             # Hosts that share the folder may build together; who is done first takes the parts away.
-            if not (folder / "meta.json").exists():
+            if not _is_there(folder):
                 raise
-    return Index(folder)
+        shutil.rmtree(building, ignore_errors=True)
+    if renewal is not Renewal.NOTHING and not is_new:
+        trusted = renewal is Renewal.LEFT_OUT
+        _renew(format, captions, folder, processes, progress or _silent, trusted=trusted)
+    return Index(_last(folder))
+
+
+def _silent(done: int, total: int) -> None:
+    pass
+
+
+def _last(folder: pathlib.Path) -> pathlib.Path:
+    """An index's last renewal, or itself."""
+    found = [one for one in folder.parent.glob(f"{folder.name}.*") if one.suffix[1:].isdigit()]
+    return max(found, key=_renewals, default=folder)
+
+
+def _is_there(folder: pathlib.Path) -> bool:
+    return (_last(folder) / "meta.json").exists()
+
+
+def _renewals(folder: pathlib.Path) -> int:
+    return int(folder.suffix[1:] or 0)
 
 
 def _build(
     format: Format,
     captions: str | list | tuple,
     folder: pathlib.Path,
+    building: pathlib.Path,
     processes: int,
     progress: Progress,
 ) -> None:
-    building = folder.with_name(folder.name + ".building")
     units = list(format.units())
     parts = [building / f"{number:06}" for number in range(len(units))]
     jobs = [
@@ -101,9 +145,50 @@ def _build(
     if not parts:
         raise ValueError(f"{_named(format)}: nothing to read")
     finished = folder.with_name(f"{folder.name}.partial-{uuid.uuid4()}")
-    merge_parts(parts, finished, {"format": _named(format)})
-    settle(finished, folder)
-    shutil.rmtree(building, ignore_errors=True)
+    try:
+        merge_parts(parts, finished, {"format": _named(format)})
+        settle(finished, folder)
+    finally:
+        shutil.rmtree(finished, ignore_errors=True)
+
+
+def _renew(
+    format: Format,
+    captions: str | list | tuple,
+    folder: pathlib.Path,
+    processes: int,
+    progress: Progress,
+    *,
+    trusted: bool,
+) -> None:
+    """Scans every unit that may have changed; of its pictures reads those that have, and those that are new."""
+    index = Index(_last(folder))
+    units, before = list(format.units()), index.units()
+    if len(units) != len(before):
+        raise ValueError(
+            f"{index.folder}: of {len(before)} units, but {_named(format)} has {len(units)} now: did it change while "
+            "it was opened? Start again, or delete the index"
+        )
+    if not format.loose and not any(one.again for _, problems in before for one in problems):
+        return
+    # Nobody goes on with a renewal that was stopped: what it saw may have changed again.
+    building = folder.with_name(f"{folder.name}.building-{uuid.uuid4()}")
+    parts = [building / f"{number:06}" for number in range(len(units))]
+    jobs = [
+        (format, captions, index, unit, records, problems, part, trusted)
+        for unit, (records, problems), part in zip(units, before, parts, strict=True)
+    ]
+    try:
+        for done, _ in enumerate(each(_renew_part, jobs, processes), 1):
+            progress(done, len(jobs))
+        merged = building / "merged"
+        merge_parts(parts, merged, {"format": _named(format)})
+        names = [path.name for path in merged.iterdir()]
+        if filecmp.cmpfiles(merged, index.folder, names, shallow=False)[0] != names:
+            number = _renewals(index.folder) + 1
+            settle(merged, folder.with_name(f"{folder.name}.{number}"))
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
 
 
 def each(function: Callable, jobs: Sequence[tuple], processes: int) -> Iterator[Any]:
@@ -123,10 +208,31 @@ def each(function: Callable, jobs: Sequence[tuple], processes: int) -> Iterator[
 
 
 def _build_part(
-    format: Format, captions: str | list | tuple, unit: Any, part: pathlib.Path
+    format: Format,
+    captions: str | list | tuple,
+    unit: Any,
+    part: pathlib.Path,
+    earlier: Earlier = Earlier(),  # noqa: B008 frozen
 ) -> None:
     entries = format.scan(unit)
-    write_part(format, _recaptioned(entries, captions) if captions else entries, part)
+    write_part(format, _recaptioned(entries, captions) if captions else entries, part, earlier)
+
+
+def _renew_part(
+    format: Format,
+    captions: str | list | tuple,
+    index: Index,
+    unit: Any,
+    records: range,
+    problems: list[Problem],
+    part: pathlib.Path,
+    trusted: bool,
+) -> None:
+    earlier = index.earlier(records, trusted=trusted)
+    if format.loose or any(one.again for one in problems):
+        _build_part(format, captions, unit, part, earlier)
+    else:
+        write_part(format, itertools.chain(map(index.entry, records), problems), part, earlier)
 
 
 def _recaptioned(

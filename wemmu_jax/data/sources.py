@@ -26,7 +26,7 @@ from wemmu_jax.data.formats.lists import (
 from wemmu_jax.data.formats.parquet import Bagel, ImgEdit
 from wemmu_jax.data.formats.tar import Webdataset
 from wemmu_jax.data.index import Format, Found, Index, Problem
-from wemmu_jax.data.indexing import Progress, open_index
+from wemmu_jax.data.indexing import Progress, Renewal, open_index
 from wemmu_jax.data.pictures import lazy_picture
 from wemmu_jax.data.pools import Feed
 from wemmu_jax.data.records import Picture, Record, RecordSource
@@ -44,6 +44,9 @@ FORMATS: dict[str, Callable[..., Format]] = {
     "folder": Folder,
     "array-record": ArrayRecord,
 }
+
+
+_ANEW = "`wemmu data index` reads anew what has changed since it was indexed"
 
 
 class IndexedSource:
@@ -93,11 +96,16 @@ class IndexedSource:
           FileNotFoundError, ValueError: they are not there, or others than when the index was made.
         """
         place = found.place
-        data = self.format.read(place.path, place.at, place.size)
+        try:
+            data = self.format.read(place.path, place.at, place.size)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error}; {_ANEW}") from error
+        except ValueError as error:
+            raise ValueError(f"{error}; {_ANEW}") from error
         if (crc := zlib.crc32(data)) != found.crc:
             raise ValueError(
                 f"{place.path} at {place.at}: expected the checksum {found.crc:08x}, found {crc:08x}: "
-                "the file has changed since it was indexed"
+                f"the file has changed since it was indexed; {_ANEW}"
             )
         return data
 
@@ -121,11 +129,15 @@ def _miniworld(kind: str, *, seed: int, size: int, split: str) -> RecordSource:
 
 
 def build_source(
-    spec: Mapping, *, processes: int = 0, progress: Progress | None = None
+    spec: Mapping,
+    *,
+    processes: int = 0,
+    progress: Progress | None = None,
+    renewal: Renewal = Renewal.NOTHING,
 ) -> RecordSource:
     """The source that a config entry names: its `type`, that type's arguments, and optionally `captions`, sidecars.
 
-    Its index is made if there is none, by `processes`, see `open_index`.
+    Its index is made if there is none, by `processes`, and renewed if that is asked for: see `open_index`.
 
     Raises:
       FileNotFoundError: a file that the entry names is not there.
@@ -143,7 +155,7 @@ def build_source(
     if not isinstance(captions, str | list | tuple):
         raise ValueError(f"data set {dict(spec)}: captions must be paths; found {captions!r}")
     format = _call(FORMATS[kind], arguments, spec)
-    index = open_index(format, captions, processes=processes, progress=progress)
+    index = open_index(format, captions, processes=processes, progress=progress, renewal=renewal)
     source = IndexedSource(format, index)
     if not len(source):
         raise ValueError(f"data set {dict(spec)}: no record{_summary(index.problems())}")
@@ -183,7 +195,7 @@ def build_feeds(specs: Iterable[Mapping | str], *, bad_share: float = 1.0) -> tu
             if bad > bad_share * (bad + len(source)):
                 raise ValueError(
                     f"data set {name!r}: {bad} of {bad + len(source)} records cannot be read, more than the share "
-                    f"{bad_share} that data.bad_share allows{_summary(source.problems())}"
+                    f"{bad_share} that data.bad_share allows; {_ANEW}{_summary(source.problems())}"
                 )
         feeds += [Feed(name, Task(task), source, weight) for task in tasks]
     return tuple(feeds)

@@ -105,6 +105,7 @@ def read(path: str, offset: int = 0, size: int = -1) -> bytes:
 
     Raises:
       FileNotFoundError: there is no such file.
+      OSError: the disk or the network fails.
       ValueError: it ends before that.
     """
     path = _COPIES.get(path, path)
@@ -115,6 +116,8 @@ def read(path: str, offset: int = 0, size: int = -1) -> bytes:
             data = _patiently(system.cat_file, name, start=offset, end=end)
         except FileNotFoundError:
             raise FileNotFoundError(f"{path}: no such file") from None
+        except OSError as error:
+            raise OSError(f"{path}: {error}") from error
     else:
         data = _read_local(path, offset, size)
     if size >= 0 and len(data) != size:
@@ -173,6 +176,8 @@ def _read_local(path: str, offset: int, size: int) -> bytes:
             parts.append(part)
             offset, size = offset + len(part), size - len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
+    except OSError as error:  # of a descriptor, which has no name
+        raise OSError(error.errno, error.strerror, path) from error
     finally:
         os.close(file)
 

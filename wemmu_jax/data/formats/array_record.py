@@ -18,6 +18,8 @@ from wemmu_jax.data.index import Entry, Place, Problem
 from wemmu_jax.data.records import Turn
 
 _CHUNK = 256  # records read at once in a scan
+_ERRORS = (RuntimeError, ValueError, IndexError, OSError)  # of the library
+_MISFITS = (TypeError, KeyError)  # of a header of another form
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +31,7 @@ class ArrayRecord:
     """
 
     paths: str | list | tuple
+    loose = False
 
     def inputs(self) -> list[str]:
         """The files."""
@@ -44,29 +47,36 @@ class ArrayRecord:
             yield Problem(path, "no such local file")
             return
         try:
-            count = _reader(path).num_records()
-            for first in range(0, count, _CHUNK):
-                numbers = list(range(first, min(first + _CHUNK, count)))
-                for number, data in zip(numbers, _reader(path).read(numbers), strict=True):
-                    header, _ = _split(data)
-                    places = (
-                        Place(path, number * ELEMENTS + i) for i in range(len(header["sizes"]))
-                    )
-                    turns = tuple(Turn(*turn) for turn in header.get("turns", ()))
-                    yield Entry(header["key"], header["text"], tuple(places), turns)
-        except (RuntimeError, ValueError) as error:
-            yield Problem(path, f"damaged: {error}")
+            count = _reader(path, storage.stamp(path)).num_records()
+        except _ERRORS as error:
+            yield _damaged(path, error)
+            return
+        for first in range(0, count, _CHUNK):
+            numbers = range(first, min(first + _CHUNK, count))
+            try:
+                found = _records(path, numbers)
+            except _ERRORS:
+                found = [None] * len(numbers)
+            for number, data in zip(numbers, found, strict=True):
+                try:
+                    # After an error in any of them, one by one: the others are whole.
+                    [data] = _records(path, [number]) if data is None else [data]
+                    yield _entry(path, number, data)
+                except (*_ERRORS, *_MISFITS) as error:
+                    yield _damaged(f"{path}, record {number}", error)
 
     def read(self, path: str, at: int, size: int) -> bytes:
         """Bytes of one of a record's pictures."""
         number, element = divmod(at, ELEMENTS)
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"{path}: no such file")
         try:
-            [data] = _reader(path).read([number])
-        except (RuntimeError, IndexError) as error:
+            [data] = _records(path, [number])
+            header, start = _split(data)
+            start += sum(header["sizes"][:element])
+            return data[start : start + header["sizes"][element]]
+        except (*_ERRORS, *_MISFITS) as error:
             raise ValueError(f"{path}, record {number}: {error}") from error
-        header, start = _split(data)
-        start += sum(header["sizes"][:element])
-        return data[start : start + header["sizes"][element]]
 
 
 def pack(key: str, text: str, pictures: Sequence[bytes], turns: Sequence[Turn] = ()) -> bytes:
@@ -87,6 +97,25 @@ def _split(data: bytes) -> tuple[dict, int]:
     return json.loads(data[:end]), end + 1
 
 
+def _entry(path: str, number: int, data: bytes) -> Entry:
+    header, _ = _split(data)
+    places = tuple(Place(path, number * ELEMENTS + i) for i in range(len(header["sizes"])))
+    turns = tuple(Turn(*turn) for turn in header.get("turns", ()))
+    key, text = header["key"], header["text"]
+    if not isinstance(key, str) or not isinstance(text, str):
+        raise ValueError(f"expected a key and a text, found {key!r:.80} and {text!r:.80}")
+    return Entry(key, text, places, turns)
+
+
+def _damaged(where: str, error: Exception) -> Problem:
+    # The library does not tell a disk that fails from a file that is damaged.
+    return Problem(where, f"damaged: {type(error).__name__}: {error}", again=True)
+
+
+def _records(path: str, numbers: Sequence[int]) -> list[bytes]:
+    return _reader(path, storage.stamp(path)).read(list(numbers))
+
+
 @functools.lru_cache(maxsize=64)
-def _reader(path: str) -> array_record_module.ArrayRecordReader:
+def _reader(path: str, stamp) -> array_record_module.ArrayRecordReader:
     return array_record_module.ArrayRecordReader(path, "readahead_buffer_size:0")

@@ -14,50 +14,15 @@ from typing import Any
 import yaml
 
 from wemmu_jax.data import storage
+from wemmu_jax.data.formats.rows import Find, Rows
 from wemmu_jax.data.formats.spoken import answered_turns, drawing_prompt, read_spoken
 from wemmu_jax.data.formats.tar import checked_text, members
-from wemmu_jax.data.index import Entry, Place, Problem
+from wemmu_jax.data.index import Entry, Place, Problem, unread
 from wemmu_jax.data.records import Turn
-
-CHUNK = 20_000  # rows of a unit
-
-
-class _Rows:
-    """What the formats below have in common: units of CHUNK rows, and one entry for each."""
-
-    def units(self) -> list[list]:
-        """[list, root of its pictures, first row, what `_slice` needs to find it]."""
-        return [
-            [file, root, first, at]
-            for file, root in self._lists()
-            for first, at in _chunks(file, storage.stamp(file))
-        ]
-
-    def scan(self, unit: list) -> Iterator[Entry | Problem]:
-        """The records of some rows; keys are rows counted from 1, after `LIST:` where there are several."""
-        file, root, first, at = unit
-        prefix = f"{file}:" if len(self._lists()) > 1 else ""
-        for number, row in enumerate(_slice(file, storage.stamp(file), first, at), first):
-            if row is None:
-                continue
-            key = f"{prefix}{number + 1}"
-            try:
-                if isinstance(row, ValueError):
-                    raise row
-                if not isinstance(row, dict):
-                    raise ValueError(f"expected an object, found {type(row).__name__}")
-                if (entry := self._entry(key, row, root)) is not None:
-                    yield entry
-            except ValueError as error:
-                yield Problem(key, f"{file}, row {number + 1}: {error}")
-
-    def read(self, path: str, at: int, size: int) -> bytes:
-        """Bytes of a file, or of a tar's member."""
-        return storage.read(path, at, size)
 
 
 @dataclasses.dataclass(frozen=True)
-class Folder(_Rows):
+class Folder(Rows):
     """A folder of pictures and a JSONL file in it, one record a line; paths stay inside the folder.
 
         {"image": "a.jpg", "caption": "a red barn"}
@@ -81,9 +46,9 @@ class Folder(_Rows):
     def _lists(self):
         return [(self.inputs()[0], self.folder)]
 
-    def _entry(self, key: str, row: dict, root: str) -> Entry:
+    def _entry(self, key: str, row: dict, find: Find) -> Entry:
         if set(row) == {"images", "turns"}:
-            return _asked(key, row["images"], row["turns"], root)
+            return _asked(key, row["images"], row["turns"], find)
         if set(row) not in ({"image", "caption"}, {"image", "instruction", "sources"}):
             raise ValueError(
                 "expected the keys {caption, image}, {image, instruction, sources} or {images, turns}; "
@@ -93,12 +58,12 @@ class Folder(_Rows):
         if "sources" in row and not (isinstance(sources, list) and 1 <= len(sources) <= 4):
             raise ValueError(f"'sources' must be a list of one to four files; found {sources!r}")
         text = _text(row, "caption" if "caption" in row else "instruction")
-        places = tuple(_file(root, name) for name in (row["image"], *sources))
+        places = tuple(find(name) for name in (row["image"], *sources))
         return Entry(f"{key}:{row['image']}", text, places)
 
 
 @dataclasses.dataclass(frozen=True)
-class IoJson(_Rows):
+class IoJson(Rows):
     """ShareGPT-4o-Image and OpenGPT-4o-Image: `input_prompt`, `output_image`, for edits `input_image`.
 
     Attributes:
@@ -111,27 +76,57 @@ class IoJson(_Rows):
     root: str = ""
     archives: str | list | tuple = ()
 
+    @property
+    def loose(self) -> bool:
+        """Whether the pictures are files of their own."""
+        return not self.archives
+
     def inputs(self) -> list[str]:
         """The list and the tars."""
-        return [self.file, *(storage.expand(self.archives) if self.archives else ())]
+        return [self.file, *self._tars()]
+
+    def units(self) -> list[list]:
+        """Those of the list, and each tar, of which a scan says what is wrong with it."""
+        return [*super().units(), *([path] for path in self._tars())]
+
+    def scan(self, unit: list) -> Iterator[Entry | Problem]:
+        """The records of some rows, or what of a tar cannot be read."""
+        if len(unit) == 1:
+            yield from _tar(unit[0])[1]
+        else:
+            yield from super().scan(unit)
 
     def _lists(self):
         return [(self.file, self.root or storage.parent(self.file))]
 
-    def _entry(self, key: str, row: dict, root: str) -> Entry:
-        sources = row.get("input_image") or []
-        names = [row.get("output_image"), *([sources] if isinstance(sources, str) else sources)]
-        text = _text(row, "input_prompt")
+    def _finder(self, root: str) -> Find:
+        """By the names that the members of the tars have."""
         if not self.archives:
-            return Entry(key, text, tuple(_file(root, name) for name in names))
-        inside = _archive(tuple(self.inputs()[1:]))
-        if missing := [name for name in names if name not in inside]:
-            raise ValueError(f"{missing[0]!r} is in none of the {len(self.inputs()) - 1} archives")
-        return Entry(key, text, tuple(inside[name] for name in names))
+            return super()._finder(root)
+        found = [_tar(path) for path in self._tars()]
+        # Then a picture may be found when the tar can be read.
+        kind = (
+            OSError if any(one.again for _, problems in found for one in problems) else ValueError
+        )
+
+        def find(name: Any) -> Place:
+            for inside, _ in reversed(found):
+                if isinstance(name, str) and name in inside:
+                    return inside[name]
+            raise kind(f"{name!r} is in none of the {len(found)} archives that can be read")
+
+        return find
+
+    def _entry(self, key: str, row: dict, find: Find) -> Entry:
+        names = (row.get("output_image"), *_names(row.get("input_image")))
+        return Entry(key, _text(row, "input_prompt"), tuple(map(find, names)))
+
+    def _tars(self) -> list[str]:
+        return storage.expand(self.archives) if self.archives else []
 
 
 @dataclasses.dataclass(frozen=True)
-class Sidecar(_Rows):
+class Sidecar(Rows):
     """Pictures and recaptions in two folders, and `[{"image": ..., "annotation": ...json}]` (OpenUni).
 
     Attributes:
@@ -152,22 +147,22 @@ class Sidecar(_Rows):
     def _lists(self):
         return [(self.file, self.images or storage.join(storage.parent(self.file), "images"))]
 
-    def _entry(self, key: str, row: dict, root: str) -> Entry:
+    def _entry(self, key: str, row: dict, find: Find) -> Entry:
         folder = self.annotations or storage.join(storage.parent(self.file), "captions")
         annotation = storage.join(folder, _text(row, "annotation"))
         try:
             found = json.loads(storage.read(annotation))
         except FileNotFoundError:
             raise ValueError(f"{annotation}: no such file") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{annotation}: not JSON in UTF-8: {error}") from error
         if not isinstance(found, dict):
             raise ValueError(f"{annotation}: expected an object, found {type(found).__name__}")
-        return Entry(_text(row, "image"), _text(found, self.field), (_file(root, row["image"]),))
+        return Entry(_text(row, "image"), _text(found, self.field), (find(row["image"]),))
 
 
 @dataclasses.dataclass(frozen=True)
-class UniWorld(_Rows):
+class UniWorld(Rows):
     """UniWorld-V1: `data.txt`, each line `image_root,annotation.json,need_weight`, and lists of conversations.
 
     The last picture is the one to be drawn, and the last instruction is the prompt; where nothing is to be drawn, the
@@ -203,12 +198,12 @@ class UniWorld(_Rows):
             lists.append((file, root))
         return lists
 
-    def _entry(self, key: str, row: dict, root: str) -> Entry:
-        return _spoken(key, row, root)
+    def _entry(self, key: str, row: dict, find: Find) -> Entry:
+        return _spoken(key, row, find)
 
 
 @dataclasses.dataclass(frozen=True)
-class Conversations(_Rows):
+class Conversations(Rows):
     """Questions and answers as LLaVA, ShareGPT and BAGEL's `vlm` data have them: `image`, `conversations`.
 
     Attributes:
@@ -226,12 +221,12 @@ class Conversations(_Rows):
     def _lists(self):
         return [(self.file, self.root or storage.parent(self.file))]
 
-    def _entry(self, key: str, row: dict, root: str) -> Entry:
-        return _spoken(key, row, root)
+    def _entry(self, key: str, row: dict, find: Find) -> Entry:
+        return _spoken(key, row, find)
 
 
 @dataclasses.dataclass(frozen=True)
-class OmniGen2(_Rows):
+class OmniGen2(Rows):
     """OmniGen2 and X2I2: a YAML file `data: [{path, type, ratio}]`, nested, and JSONL files; or one JSONL file.
 
     A `ratio` below 1 keeps that part of a file's records, chosen by their keys.
@@ -255,26 +250,30 @@ class OmniGen2(_Rows):
         return _yaml_leaves(self.file, self.root)
 
     def scan(self, unit: list) -> Iterator[Entry | Problem]:
-        """As `_Rows.scan`, a ratio's part of it."""
+        """As `Rows.scan`, a ratio's part of it."""
         ratio = dict(self._leaves())[unit[0]]
         for found in super().scan(unit):
-            if zlib.crc32(found.key.encode()) < ratio * 2**32:
+            # What is wrong with the whole file is nobody's part.
+            if found.key == unit[0] or zlib.crc32(found.key.encode()) < ratio * 2**32:
                 yield found
 
-    def _entry(self, key: str, row: dict, root: str) -> Entry:
-        sources = row.get("input_images") or []
-        names = (row.get("output_image"), *([sources] if isinstance(sources, str) else sources))
-        return Entry(key, _text(row, "instruction"), tuple(_file(root, name) for name in names))
+    def _entry(self, key: str, row: dict, find: Find) -> Entry:
+        names = (row.get("output_image"), *_names(row.get("input_images")))
+        return Entry(key, _text(row, "instruction"), tuple(map(find, names)))
 
 
 def _yaml_leaves(file: str, root: str, ratio: float = 1.0) -> list[tuple[str, float]]:
     if not file.endswith((".yml", ".yaml")):
         return [(file, ratio)]
-    entries = (yaml.safe_load(storage.read(file)) or {}).get("data")
+    try:
+        found = yaml.safe_load(storage.read(file))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file}: not YAML: {error}") from error
+    entries = found.get("data") if isinstance(found, dict) else None
     if not isinstance(entries, list) or not all(
-        isinstance(e, dict) and "path" in e for e in entries
+        isinstance(e, dict) and isinstance(e.get("path"), str) for e in entries
     ):
-        raise ValueError(f"{file}: expected data: [{{path, type, ratio}}]; found {entries!r}")
+        raise ValueError(f"{file}: expected data: [{{path, type, ratio}}]; found {found!r}")
     leaves = []
     for entry in entries:
         path, part = entry["path"], entry.get("ratio", 1)
@@ -295,10 +294,18 @@ def _text(row: dict, key: str) -> str:
         raise ValueError(f"{key!r}: {error}") from error
 
 
-def _spoken(key: str, row: dict, root: str) -> Entry:
+def _names(value: Any) -> list:
+    """One path, several or none."""
+    names = [value] if isinstance(value, str) else value or []
+    if not isinstance(names, list):
+        raise ValueError(f"expected a picture's path or a list of them, found {value!r}")
+    return names
+
+
+def _spoken(key: str, row: dict, find: Find) -> Entry:
     """What is drawn at the end of a conversation, or the conversation."""
     images, said = read_spoken(row)
-    places = tuple(_file(root, name) for name in images)
+    places = tuple(find(name) for name in images)
     text = drawing_prompt(said)
     if text is None:
         return Entry(key, "", places, answered_turns(said))
@@ -306,7 +313,7 @@ def _spoken(key: str, row: dict, root: str) -> Entry:
     return Entry(key, text, (target, *sources))
 
 
-def _asked(key: str, images: Any, turns: Any, root: str) -> Entry:
+def _asked(key: str, images: Any, turns: Any, find: Find) -> Entry:
     if not isinstance(images, list):
         raise ValueError(f"'images' must be a list of files; found {images!r}")
     pairs = turns if isinstance(turns, list) and turns else [None]
@@ -314,70 +321,25 @@ def _asked(key: str, images: Any, turns: Any, root: str) -> Entry:
         raise ValueError(f"'turns' must be a list of [question, answer]; found {turns!r}")
     asked = [Turn(*map(checked_text, pair)) for pair in pairs]
     asked[0] = dataclasses.replace(asked[0], pictures=len(images))
-    return Entry(key, "", tuple(_file(root, name) for name in images), tuple(asked))
+    return Entry(key, "", tuple(find(name) for name in images), tuple(asked))
 
 
-def _file(root: str, name: Any) -> Place:
-    if not isinstance(name, str):
-        raise ValueError(f"expected a picture's path, found {name!r}")
-    return Place(storage.join(root, name))
-
-
-@functools.lru_cache(maxsize=4)
-def _archive(paths: tuple[str, ...]) -> dict[str, Place]:
-    return {
-        member.name.removeprefix("./"): Place(path, member.at, member.size)
-        for path in paths
-        for member in members(path)
-        if member.size >= 0
-    }
-
-
-@functools.lru_cache(maxsize=4)
-def _chunks(file: str, stamp) -> list[tuple[int, int]]:
-    """(first row, where it begins: an offset in lines, in an array a row) of each unit."""
-    if stamp is None:
-        raise FileNotFoundError(f"{file}: no such file")
-    if _is_array(file):
-        return [(first, first) for first in range(0, max(len(_array(file, stamp)), 1), CHUNK)]
-    chunks, at = [], 0
-    with storage.open_file(file) as lines:
-        for number, line in enumerate(lines):
-            if number % CHUNK == 0:
-                chunks.append((number, at))
-            at += len(line)
-    return chunks
-
-
-def _slice(file: str, stamp, first: int, at: int) -> Iterator[Any]:
-    """The values of a unit's rows; a ValueError in the place of one that is no JSON. None for an
-    empty line."""
-    if _is_array(file):
-        yield from _array(file, stamp)[first : first + CHUNK]
-        return
-    with storage.open_file(file) as lines:
-        lines.seek(at)
-        for number, line in enumerate(lines):
-            if number == CHUNK:
-                return
-            if not line.strip():
-                yield None
-                continue
-            try:
-                yield json.loads(line.decode("utf-8-sig"))
-            except ValueError as error:
-                yield ValueError(f"not JSON in UTF-8: {error}")
-
-
-def _is_array(file: str) -> bool:
-    with storage.open_file(file) as opened:
-        return opened.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
-
-
-@functools.lru_cache(maxsize=2)
-def _array(file: str, stamp) -> list:
+def _tar(path: str) -> tuple[dict[str, Place], list[Problem]]:
+    """Name -> place of the members of a tar, and what is wrong with it."""
     try:
-        found = json.loads(storage.read(file).decode("utf-8-sig"))
-    except ValueError as error:
-        raise ValueError(f"{file}: not JSON in UTF-8: {error}") from error
-    return found
+        return _members(path, storage.stamp(path))
+    except (ValueError, OSError) as error:
+        return {}, [unread(path, error)]
+
+
+@functools.lru_cache(maxsize=1024)
+def _members(path: str, stamp) -> tuple[dict[str, Place], list[Problem]]:
+    if stamp is None:
+        return {}, [Problem(path, "no such file")]
+    found, problems = {}, []
+    for member in members(path):
+        if member.size >= 0:
+            found[member.name.removeprefix("./")] = Place(path, member.at, member.size)
+        if member.gap:
+            problems.append(Problem(f"{path} before {member.name or 'its end'}", member.gap))
+    return found, problems

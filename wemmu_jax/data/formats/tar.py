@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from wemmu_jax.data import storage
-from wemmu_jax.data.index import Entry, Place, Problem
+from wemmu_jax.data.index import Entry, Place, Problem, unread
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
 _BLOCK = 512
@@ -40,6 +40,7 @@ class Webdataset:
 
     paths: str | list | tuple
     text: str = "txt"
+    loose = False
 
     def inputs(self) -> list[str]:
         """The tars."""
@@ -54,11 +55,11 @@ class Webdataset:
         if storage.stamp(path) is None:
             yield Problem(path, "no such file")
             return
-        with storage.local_copy(path):
-            try:
+        try:
+            with storage.local_copy(path):
                 yield from self._records(path)
-            except ValueError as error:
-                yield Problem(path, str(error))
+        except (ValueError, OSError) as error:
+            yield unread(path, error)
 
     def _records(self, path: str) -> Iterator[Entry | Problem]:
         shard = pathlib.PurePosixPath(path).name.partition(".")[0]
@@ -69,9 +70,11 @@ class Webdataset:
             try:
                 if stem:
                     yield Entry(key, self._text(path, members), (_picture(path, members),))
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 was_whole = False
-                yield Problem(key, f"{error} ({path}{': ' + gap if gap else ''})")
+                problem = unread(key, error)
+                reason = f"{problem.reason} ({path}{': ' + gap if gap else ''})"
+                yield dataclasses.replace(problem, reason=reason)
             else:
                 if gap and was_whole:  # else it is what the sample before lacks
                     yield Problem(f"{path} before {stem or 'its end'}", gap)
