@@ -167,6 +167,12 @@ class MicroBatches:
     def _alone(self, task: Task) -> "MicroBatches":
         return dataclasses.replace(self, mixture={task: 1.0})
 
+    @property
+    def shares(self) -> dict[tuple[int, Bucket], float]:
+        """(arity, bucket) -> its share of all micro-batches; buckets with too few records are not there."""
+        found = self._schedule.shares.items()
+        return {(arity, self.buckets[index]): float(share) for (arity, index), share in found}
+
     def plan(self, number: int) -> MicroBatchPlan:
         """Which rows micro-batch `number` is made of."""
         return self._schedule.plan(number)

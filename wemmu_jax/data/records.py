@@ -6,7 +6,8 @@ size that it is asked for, so that it is decoded once and resized once for each 
 """
 
 import dataclasses
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import numpy as np
@@ -74,7 +75,7 @@ class Record:
 
 
 class RecordSource(Protocol):
-    """A data set with random access. Three more methods are optional:
+    """A data set with random access. Four more methods are optional:
 
     `sizes() -> int32[N, 2] | None`: (height, width) of each target, of a conversation's first picture, known without
     decoding; None, or no such method: every picture can be had at any size.
@@ -83,6 +84,8 @@ class RecordSource(Protocol):
     many as the first.
 
     `conversations() -> bool[N]`: which records are conversations; without it none is.
+
+    `checksum() -> int`: of what its records are made from; without it, of what the other methods say.
     """
 
     def __len__(self) -> int: ...
@@ -110,3 +113,27 @@ def conversations(source: RecordSource) -> np.ndarray:
     if hasattr(source, "conversations"):
         return np.asarray(source.conversations())
     return np.zeros(len(source), bool)
+
+
+# Rows of a column that are looked at together, so that twenty-five million take little memory.
+_AT_ONCE = 1 << 20
+
+
+def columns_checksum(columns: Iterable[np.ndarray]) -> int:
+    """CRC-32 of arrays, which may lie in a file."""
+    crc = 0
+    for column in columns:
+        for start in range(0, len(column), _AT_ONCE):
+            crc = zlib.crc32(np.ascontiguousarray(column[start : start + _AT_ONCE]), crc)
+    return crc
+
+
+def checksum(source: RecordSource) -> str:
+    """The number of records and a checksum of them, the same where two hosts see the same data."""
+    if hasattr(source, "checksum"):
+        found = source.checksum()
+    else:
+        sizes = target_sizes(source)
+        columns = [source_counts(source), conversations(source)]
+        found = columns_checksum(columns if sizes is None else [*columns, sizes])
+    return f"{len(source)} records, checksum {found:08x}"

@@ -82,6 +82,10 @@ class IndexedSource:
         """bool[N], which records are conversations."""
         return self.index.conversations
 
+    def checksum(self) -> int:
+        """Of the pictures' sizes and checksums and of where the texts lie."""
+        return self.index.checksum()
+
     def problems(self) -> list[Problem]:
         """What of the set could not be a record."""
         return self.index.problems()

@@ -230,7 +230,7 @@ def _redrawn(params: Mapping, fresh: Mapping, stage: Stage) -> dict:
 
 
 def describe(run: Run) -> dict:
-    """What is printed before step 0: parameters of each part, mixture, batch, weights' origin."""
+    """What is printed before step 0: parameters of each part, mixture, buckets, batch, weights' origin."""
     parts = {}
     for name, tree in (("trainable", run.trainable), ("frozen", run.frozen)):
         for part, leaves in tree.items():
@@ -245,6 +245,12 @@ def describe(run: Run) -> dict:
         "trainable": count_parameters(run.trainable),
         "frozen": count_parameters(run.frozen),
         "mixture": {name: round(weight / total, 4) for name, weight in weights.items()},
+        "buckets": {
+            f"{own} sources": " ".join(
+                f"{bucket.height}x{bucket.width}" for arity, bucket in run.data.shares if arity == own
+            )
+            for own in dict.fromkeys(arity for arity, _ in run.data.shares)
+        },
         "batch": f"{run.stage.micro_batches} micro-batches x {run.stage.rows} rows = {run.stage.batch}"
         f" (the paper: {paper.batch})",
         "steps": f"{steps} (the paper: {paper.steps})",
