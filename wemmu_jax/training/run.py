@@ -247,7 +247,9 @@ def describe(run: Run) -> dict:
         "mixture": {name: round(weight / total, 4) for name, weight in weights.items()},
         "buckets": {
             f"{own} sources": " ".join(
-                f"{bucket.height}x{bucket.width}" for arity, bucket in run.data.shares if arity == own
+                f"{bucket.height}x{bucket.width}"
+                for arity, bucket in run.data.shares
+                if arity == own
             )
             for own in dict.fromkeys(arity for arity, _ in run.data.shares)
         },
