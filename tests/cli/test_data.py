@@ -177,12 +177,16 @@ def test_captions_are_what_the_model_says_of_each_picture(
     assert [file.name for file in sorted(folder.iterdir())] == [
         "captions-00001-of-00003.bad.jsonl",
         "captions-00001-of-00003.jsonl",
+        "captions.json",
     ]
     kept = (folder / "captions-00001-of-00003.jsonl").stat().st_mtime_ns
     assert wemmu(*words, "--threads", 2).code == 0
     assert (folder / "captions-00001-of-00003.jsonl").stat().st_mtime_ns == kept
+    other = wemmu(*words, "--prompt", "What is it?")
+    assert other.code == 2 and "captions-*.jsonl were made from something else" in other.err
+    assert f"prompt: there {DESCRIPTION_PROMPT!r}, now 'What is it?'" in other.err
     rows, bad = {}, {}
-    for file in sorted(folder.iterdir()):
+    for file in sorted(folder.glob("*.jsonl")):
         for row in map(json.loads, file.read_text().splitlines()):
             (bad if "reason" in row else rows)[row["key"]] = row.get("caption", row.get("reason"))
     assert len(rows) + len(bad) == 30 and "checksum" in bad["5:4.png"]
