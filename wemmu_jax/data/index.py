@@ -36,7 +36,7 @@ from wemmu_jax.data.records import Turn
 from wemmu_jax.files import read_object, write_json
 
 VERSION = 2
-MOST_SOURCES = 4  # of a record: the curriculum composes one to four pictures
+MOST_SOURCES = 4  # of a record
 
 RECORD = np.dtype(
     [("text_at", "<u8"), ("pictures_at", "<u8"), ("text_size", "<u4"), ("key_size", "<u2")]
@@ -168,8 +168,10 @@ class Index:
         )
 
     def checksums(self) -> np.ndarray:
-        """uint32[n], the CRC-32 of each target."""
-        return self._pictures["crc"][self._records["pictures_at"][~self.conversations]]
+        """uint64[n], the CRC-32 and the size of each target's bytes; of twelve million pictures, seventeen thousand
+        share their CRC-32 with another by chance."""
+        targets = self._pictures[self._records["pictures_at"][~self.conversations]]
+        return targets["crc"].astype(np.uint64) << np.uint64(32) | targets["size"]
 
     @functools.cached_property
     def identity(self) -> str:
