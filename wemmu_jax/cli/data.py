@@ -147,11 +147,17 @@ def _show(args: argparse.Namespace) -> None:
             buckets=make_buckets(args.resolution, multiple=32),
             rows=1,
             seed=0,
-            encode_row=lambda example, bucket, length: {},
+            encode_row=_pixels,
             text_length=_token_counter(args.init),
         )
         shown = write_sheet(args.out, data, count=args.count)
     print(f"{args.out}: {shown} samples")
+
+
+def _pixels(example, bucket, length) -> dict:
+    """Finds out whether the pictures of an example can be read."""
+    pictures = [*example.sources, *([] if example.target is None else [example.target])]
+    return {str(n): one.load(bucket.height, bucket.width) for n, one in enumerate(pictures)}
 
 
 def _token_counter(init: str | None):
