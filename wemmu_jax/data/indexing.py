@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from wemmu_jax.data import storage
-from wemmu_jax.data.captions import load_captions
+from wemmu_jax.data.captions import Captions, write_captions
 from wemmu_jax.data.index import (
     VERSION,
     Entry,
@@ -87,9 +87,12 @@ def _build(
 ) -> None:
     building = folder.with_name(folder.name + ".building")
     units = list(format.units())
+    sidecars = building / "captions" if captions else None
+    if sidecars and not sidecars.exists():
+        write_captions(storage.expand(captions), sidecars)
     parts = [building / f"{number:06}" for number in range(len(units))]
     jobs = [
-        (format, captions, unit, part)
+        (format, sidecars, unit, part)
         for unit, part in zip(units, parts, strict=True)
         if not part.exists()
     ]
@@ -123,16 +126,15 @@ def each(function: Callable, jobs: Sequence[tuple], processes: int) -> Iterator[
 
 
 def _build_part(
-    format: Format, captions: str | list | tuple, unit: Any, part: pathlib.Path
+    format: Format, sidecars: pathlib.Path | None, unit: Any, part: pathlib.Path
 ) -> None:
     entries = format.scan(unit)
-    write_part(format, _recaptioned(entries, captions) if captions else entries, part)
+    write_part(format, _recaptioned(entries, Captions(sidecars)) if sidecars else entries, part)
 
 
 def _recaptioned(
-    entries: Iterator[Entry | Problem], paths: str | list | tuple
+    entries: Iterator[Entry | Problem], captions: Captions
 ) -> Iterator[Entry | Problem]:
-    captions = load_captions(tuple(storage.expand(paths)))
     for entry in entries:
         if isinstance(entry, Entry) and not entry.turns:
             text = captions.get(entry.key)
