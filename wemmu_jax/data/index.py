@@ -32,7 +32,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from wemmu_jax.data.pictures import picture_size
-from wemmu_jax.data.records import Turn, columns_checksum
+from wemmu_jax.data.records import Turn
 from wemmu_jax.files import read_object, write_json
 
 VERSION = 2
@@ -141,13 +141,6 @@ class Index:
 
     def __len__(self) -> int:
         return len(self.source_counts)
-
-    def checksum(self) -> int:
-        """CRC-32 of everything but the names of files, which hosts may mount elsewhere, and the words themselves, of
-        which there may be gigabytes."""
-        pictures = self._pictures
-        columns = [self.sizes, self.source_counts, self.conversations, self._records]
-        return columns_checksum([*columns, pictures["crc"], pictures["size"]])
 
     def key(self, index: int) -> str:
         """The name of a record."""

@@ -7,7 +7,7 @@ size that it is asked for, so that it is decoded once and resized once for each 
 
 import dataclasses
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -85,7 +85,7 @@ class RecordSource(Protocol):
 
     `conversations() -> bool[N]`: which records are conversations; without it none is.
 
-    `checksum() -> int`: of what its records are made from; without it, of what the other methods say.
+    `identity() -> str`: equal where the records are; without it, a checksum of what the other methods say.
     """
 
     def __len__(self) -> int: ...
@@ -115,25 +115,11 @@ def conversations(source: RecordSource) -> np.ndarray:
     return np.zeros(len(source), bool)
 
 
-# Rows of a column that are looked at together, so that twenty-five million take little memory.
-_AT_ONCE = 1 << 20
-
-
-def columns_checksum(columns: Iterable[np.ndarray]) -> int:
-    """CRC-32 of arrays, which may lie in a file."""
-    crc = 0
-    for column in columns:
-        for start in range(0, len(column), _AT_ONCE):
-            crc = zlib.crc32(np.ascontiguousarray(column[start : start + _AT_ONCE]), crc)
-    return crc
-
-
-def checksum(source: RecordSource) -> str:
-    """The number of records and a checksum of them, the same where two hosts see the same data."""
-    if hasattr(source, "checksum"):
-        found = source.checksum()
-    else:
-        sizes = target_sizes(source)
-        columns = [source_counts(source), conversations(source)]
-        found = columns_checksum(columns if sizes is None else [*columns, sizes])
-    return f"{len(source)} records, checksum {found:08x}"
+def identity(source: RecordSource) -> str:
+    """Equal where two hosts see the same records."""
+    if hasattr(source, "identity"):
+        return source.identity()
+    sizes = target_sizes(source)
+    columns = [source_counts(source), conversations(source)] + ([] if sizes is None else [sizes])
+    found = zlib.crc32(b"".join(np.ascontiguousarray(column).tobytes() for column in columns))
+    return f"{len(source):,} records, {found:08x}"

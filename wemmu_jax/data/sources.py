@@ -83,9 +83,9 @@ class IndexedSource:
         """bool[N], which records are conversations."""
         return self.index.conversations
 
-    def checksum(self) -> int:
-        """Of the pictures' sizes and checksums and of where the texts lie."""
-        return self.index.checksum()
+    def identity(self) -> str:
+        """Equal for the same pictures in the same order; the texts, of which there may be gigabytes, are not read."""
+        return self.index.picture_identity
 
     def problems(self) -> list[Problem]:
         """What of the set could not be a record."""

@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 
 from wemmu_jax.data.ledger import Ledger, TooManyReplaced
 from wemmu_jax.data.pipeline import MicroBatch
-from wemmu_jax.data.records import checksum
+from wemmu_jax.data.records import identity
 from wemmu_jax.data.tasks import Task
 from wemmu_jax.files import write_json
 from wemmu_jax.sharding.processes import exchange, is_first, say, together
@@ -65,7 +65,7 @@ def train(
         check_workdir(workdir, config)
         run = prepare(config)
     _check_alike("weights", run.origin.described())
-    _check_alike("data sets", _data_checksums(run))
+    _check_alike("data sets", _data_identities(run))
     with contextlib.ExitStack() as stack:
         with together("taking the workdir"):
             if is_first():
@@ -119,11 +119,11 @@ def _check_alike(what: str, mine: Mapping) -> None:
             )
 
 
-def _data_checksums(run: Run) -> dict[str, str]:
+def _data_identities(run: Run) -> dict[str, str]:
     """Of every data set; hosts that saw different ones would train on some samples twice and on others never."""
     feeds = [*run.data.feeds, *(run.held_out.feeds if run.held_out else ())]
     sources = {id(feed.source): feed for feed in feeds}.values()
-    return {f"{i}: {feed.name}": checksum(feed.source) for i, feed in enumerate(sources)}
+    return {f"{i}: {feed.name}": identity(feed.source) for i, feed in enumerate(sources)}
 
 
 def _check_shared(workdir: pathlib.Path) -> None:
