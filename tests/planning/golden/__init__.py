@@ -33,11 +33,14 @@ class Case:
         """Where its numbers are, once it has been planned."""
         return FOLDER / f"{self.stage}-{self.topology.replace(':', '-')}-{self.stream}.json"
 
-    def plan(self) -> StagePlan:
+    def setting(self) -> Setting:
         """Of the config as it is."""
         changed: dict[str, Any] = {"model.bridge.vae_stream": self.stream}
-        setting = Setting.of(f"configs/wemmu_3b.py:{self.stage}", changed, topology=self.topology)
-        return plan_stage(setting, Library(CACHE))
+        return Setting.of(f"configs/wemmu_3b.py:{self.stage}", changed, topology=self.topology)
+
+    def plan(self) -> StagePlan:
+        """By the compiler."""
+        return plan_stage(self.setting(), Library(CACHE))
 
 
 CASES = {
