@@ -1,5 +1,6 @@
 """What a run refuses to start in, and to start from; nothing is changed by a run that was refused."""
 
+import errno
 import json
 import pathlib
 import shutil
@@ -141,6 +142,16 @@ def test_a_checkpoint_that_is_damaged(copy_of_stage1, config_of):
     for file in (copy_of_stage1 / "checkpoints/6/params").rglob("d/*"):
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     refused(config_of("stage1", **EMA), copy_of_stage1, ValueError, "checkpoint .*/6 is ")
+
+
+def test_storage_that_fails_for_the_moment_damages_no_checkpoint(copy_of_stage1, monkeypatch):
+    def away(*_, **__):
+        raise OSError(errno.EIO, "Input/output error")
+
+    checkpoints = Checkpoints(copy_of_stage1)
+    monkeypatch.setattr(checkpoints._checkpointer, "load_checkpointables", away)
+    with pytest.raises(OSError, match="Input/output error"):
+        checkpoints.params(6)
 
 
 def test_a_checkpoint_that_was_never_finished_is_passed_over(copy_of_stage1):
