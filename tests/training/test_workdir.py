@@ -216,7 +216,11 @@ def test_sizes_that_the_devices_do_not_divide(config_of, monkeypatch):
     from wemmu_jax.training import run
 
     monkeypatch.setattr(run, "make_mesh", make_mesh)
-    with pytest.raises(ValueError, match=r"12 rows does not divide over 8 devices.*\[8, 16\]"):
+    with pytest.raises(
+        ValueError, match=r"batch.rows=12 does not divide over 8 devices.*\[8, 16\]"
+    ):
         prepare(config_of("stage1", **{"batch.rows": 12}))
-    with pytest.raises(ValueError, match=r"4 rows does not divide over 8 devices.*\[8\]"):
+    with pytest.raises(
+        ValueError, match=r"validation_rows=4 does not divide over 8 devices.*\[8\]"
+    ):
         prepare(config_of("stage1", validation_rows=4))

@@ -21,12 +21,11 @@ from wemmu_jax.models.wemmu.batch import PromptBatch
 from wemmu_jax.models.wemmu.config import WeMMUConfig
 from wemmu_jax.models.wemmu.inputs import Shapes
 from wemmu_jax.models.wemmu.modeling import WeMMUModel
-from wemmu_jax.sharding.mesh import check_heads, check_rows
 from wemmu_jax.sharding.rules import parameter_shardings, replicated
 from wemmu_jax.training.batch import Pixels, TrainBatch, batch_shardings
 from wemmu_jax.training.curriculum import Stage
 from wemmu_jax.training.optimizer import split
-from wemmu_jax.training.run import leaf_dtype, stage_sizes
+from wemmu_jax.training.run import check_mesh, leaf_dtype, stage_sizes
 from wemmu_jax.training.step import Trainer
 
 
@@ -95,8 +94,7 @@ class AbstractRun:
             raise ValueError(
                 f"the model has the bridge {sizes.bridge}, the config asks for {stage.bridge}"
             )
-        check_rows(stage.rows, mesh)
-        check_heads(sizes, mesh)
+        check_mesh(config, sizes, mesh)
         model = WeMMUModel(sizes, dtype=stage.dtype, remat=stage.remat)
         trainable, frozen = abstract_weights(model, stage, mesh)
         buckets, grids = stage_sizes(config, sizes)
