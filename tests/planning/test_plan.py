@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import math
 from fractions import Fraction
 from unittest import mock
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from configs.wemmu_3b import STAGES
+from tests.planning.golden import CASES
 from tests.planning.samples import program, torus
 from wemmu_jax.data.pools import Pool
 from wemmu_jax.data.schedule import SPAN, Schedule
@@ -149,7 +151,25 @@ def test_a_mesh_that_does_not_divide_the_devices(tmp_path):
 
 def test_rows_that_the_mesh_does_not_divide(tmp_path):
     said = told(tmp_path, "stage1", **{"batch.rows": 12})
-    assert "12 rows does not divide over 8 devices" in said and "[8, 16]" in said
+    assert "batch.rows=12 does not divide over 8 devices" in said and "[8, 16]" in said
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_golden_cases_can_be_planned(name):
+    """What is to be planned is a batch that its devices divide, and the paper's."""
+    case = CASES[name]
+    chips = math.prod(map(int, case.topology.partition(":")[2].split("x")))
+    config = case.setting.config
+    assert config.batch.rows % chips == 0
+    paper = load_config(f"configs/wemmu_3b.py:{case.stage}").batch
+    assert config.batch.rows * config.batch.micro_batches == paper.rows * paper.micro_batches
+
+
+def test_held_out_rows_that_the_mesh_does_not_divide(tmp_path):
+    """As `wemmu train` says it, once there is something to validate on."""
+    held_out = {"data.held_out": ("none.yaml",), "validation_rows": 12}
+    said = told(tmp_path, "stage1", **held_out)
+    assert "validation_rows=12 does not divide over 8 devices" in said and "[8, 16]" in said
 
 
 def test_weights_that_do_not_fit(tmp_path):
