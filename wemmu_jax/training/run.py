@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -164,15 +164,11 @@ def prepare_data(
         process_count=jax.process_count(),
     )
     feeds = functools.partial(build_feeds, bad_share=fields.bad_share)
-    data = common(feeds=feeds(_entries(fields.sources)), rows=config.batch.rows)
+    data = common(feeds=feeds(fields.sources), rows=config.batch.rows)
     if not fields.held_out:
         return encoder, data, None
-    held_out = common(feeds=feeds(_entries(fields.held_out)), rows=config.validation_rows)
+    held_out = common(feeds=feeds(fields.held_out), rows=config.validation_rows)
     return encoder, data, held_out
-
-
-def _entries(sources: Sequence) -> list[dict | str]:
-    return [entry if isinstance(entry, str) else dict(entry) for entry in sources]
 
 
 def leaf_dtype(path: str, stage: Stage) -> jnp.dtype:
