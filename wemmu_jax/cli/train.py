@@ -47,13 +47,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             metavar=metavar,
             help=f"{text} (default: ${variable})",
         )
+    several.add_argument(
+        "--join-timeout",
+        type=whole(1),
+        default=os.environ.get("WEMMU_JOIN_TIMEOUT", "300"),
+        metavar="SECONDS",
+        help="that all may take to come; then exit code 75 (default: $WEMMU_JOIN_TIMEOUT, or 300)",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     """Trains to the stage's last step."""
     from wemmu_jax.sharding.processes import join
 
-    join(args.coordinator, args.processes, args.process)
+    join(args.coordinator, args.processes, args.process, timeout=args.join_timeout)
     from wemmu_jax.training.curriculum import load_config
     from wemmu_jax.training.loop import train
 
