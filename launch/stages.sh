@@ -19,8 +19,6 @@ fi
 config=$1 init=$2 runs=$3
 shift 3
 read -ra wemmu <<<"${WEMMU:-wemmu}"
-# Who is started again, or is the next stage, finds the programs compiled.
-export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$runs/compilation_cache}
 
 # A shell does not hand a signal on to what it waits for.
 child=
