@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -101,7 +102,9 @@ def flat(tree, path: str = "") -> dict:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PLANNED)
 def test_the_plan_is_the_same(name):
-    golden, found = read(name), json.loads(json.dumps(described(CASES[name].plan())))
+    with jax.default_matmul_precision("default"):  # the kernels take no other
+        plan = CASES[name].plan()
+    golden, found = read(name), json.loads(json.dumps(described(plan)))
     for key in ("devices", "mesh", "rows", "remat", "collectives"):
         assert found[key] == golden[key], key
     for key in ("model_teraflops", "program_teraflops"):
