@@ -56,6 +56,7 @@ def get_config(stage: str) -> ml_collections.ConfigDict:
     config.model.remat = (
         "named"  # on TPU pods the fastest that there is memory for, see docs/plan.md
     )
+    config.validation_rows = 256  # of each task; 128 and 256 chips divide it
     for key, value in STAGES[stage].items():
         group = value.items() if isinstance(value, dict) else [("", value)]
         for name, leaf in group:

@@ -4,6 +4,7 @@
 #     launch/gke.sh [--dry-run] CONFIG.py CONVERTED RUNS [--config.key=value ...]
 # IMAGE has this repository as its working directory, installed. CLAIM: the volume claim that is mounted at /data, where
 # CONVERTED, RUNS and the data are. SLICES: node pools (1). SPOT=1: on spot nodes. CHIPS: of a host (4).
+# WEMMU_JOIN_TIMEOUT: seconds that all hosts may take to come, nodes made and IMAGE pulled (1800).
 set -euo pipefail
 
 dry=
@@ -13,7 +14,7 @@ if [ "${1-}" = --dry-run ]; then
 fi
 if [ $# -lt 3 ] || [ -z "${NAME-}" ] || [ -z "${IMAGE-}" ] || [ -z "${ACCELERATOR-}" ] || [ -z "${TOPOLOGY-}" ] ||
   [ -z "${CLAIM-}" ]; then
-  sed -n '2,6p' "$0" >&2
+  sed -n '2,7p' "$0" >&2
   exit 2
 fi
 chips=${CHIPS:-4}
@@ -73,6 +74,8 @@ $spot
                   env:
                     - name: JAX_PLATFORMS
                       value: tpu
+                    - name: WEMMU_JOIN_TIMEOUT
+                      value: "${WEMMU_JOIN_TIMEOUT:-1800}"
                   ports:
                     - containerPort: 8471 # between TPU hosts
                     - containerPort: 8482 # JAX's coordinator

@@ -2,7 +2,8 @@
 # Several processes on this machine, one for each GPU; starts them again when they were stopped or died.
 #   launch/local.sh [--dry-run] PROCESSES CONFIG.py CONVERTED RUNS [--config.key=value ...]
 # Process 0 speaks here, the others in RUNS/process-I.log. SIGTERM and Ctrl-C stop all of them, with a checkpoint.
-# PORT: a free one (8476). RESTARTS: how often at most (20). WEMMU: see stages.sh.
+# PORT: a free one (8476). RESTARTS: how often at most (20). JAX_PLATFORMS: cuda, unless it says otherwise. WEMMU,
+# WEMMU_JOIN_TIMEOUT: see stages.sh.
 set -euo pipefail
 
 dry=
@@ -11,7 +12,7 @@ if [ "${1-}" = --dry-run ]; then
   shift
 fi
 if [ $# -lt 4 ] || ! [ "$1" -gt 0 ] 2>/dev/null; then
-  sed -n '2,5p' "$0" >&2
+  sed -n '2,6p' "$0" >&2
   exit 2
 fi
 processes=$1
@@ -19,6 +20,8 @@ shift
 runs=$3
 stages=$(dirname "$0")/stages.sh
 coordinator=localhost:${PORT:-8476}
+# Or JAX would take the CPU where no GPU is found.
+export JAX_PLATFORMS=${JAX_PLATFORMS:-cuda}
 
 variables() { # of process $1
   echo "JAX_COORDINATOR_ADDRESS=$coordinator" "JAX_NUM_PROCESSES=$processes" "JAX_PROCESS_ID=$1" \
@@ -28,7 +31,7 @@ variables() { # of process $1
 if [ -n "$dry" ]; then
   for ((i = 0; i < processes; i++)); do
     echo "# process $i"
-    "$stages" --dry-run "$@" | while read -r line; do echo "$(variables "$i") $line"; done
+    "$stages" --dry-run "$@" | while read -r line; do echo "JAX_PLATFORMS=$JAX_PLATFORMS $(variables "$i") $line"; done
   done
   exit
 fi

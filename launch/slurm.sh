@@ -11,7 +11,8 @@
 # GPU nodes, a process for each GPU; queued again when its time is over, when it is preempted and when it died.
 #   sbatch launch/slurm.sh CONFIG.py CONVERTED RUNS [--config.key=value ...]
 #   launch/slurm.sh --dry-run CONFIG.py CONVERTED RUNS [...]
-# sbatch's own flags overrule the lines above. RESTARTS: how often at most (20). WEMMU: see stages.sh.
+# sbatch's own flags overrule the lines above. RESTARTS: how often at most (20). WEMMU, WEMMU_JOIN_TIMEOUT: see
+# stages.sh.
 set -euo pipefail
 
 dry=
@@ -20,12 +21,13 @@ if [ "${1-}" = --dry-run ]; then
   shift
 fi
 if [ $# -lt 3 ]; then
-  sed -n '11,14p' "$0" >&2
+  sed -n '11,15p' "$0" >&2
   exit 2
 fi
 # Where sbatch was called: Slurm runs a copy of this file.
 stages=${SLURM_SUBMIT_DIR:-.}/launch/stages.sh
 command=(srun --kill-on-bad-exit=1 "$stages" "$@")
+export JAX_PLATFORMS=cuda
 
 if [ -n "$dry" ]; then
   grep '^#SBATCH' "$0"
@@ -35,7 +37,6 @@ if [ -n "$dry" ]; then
   exit
 fi
 
-export JAX_PLATFORMS=cuda
 trap : TERM # srun hands it on; this shell sees the end of it
 code=0
 "${command[@]}" || code=$?

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # The four stages one after the other: what each process of a run runs, or the only one.
-#   launch/stages.sh [--dry-run] CONFIG.py CONVERTED RUNS [--config.key=value ...]
-# Goes on where it was stopped. Exits with 75 when SIGTERM has stopped it, and the same command goes on from there.
-# WEMMU: the program, `wemmu` by default; "python -m wemmu_jax" does as well.
+#   JAX_PLATFORMS=tpu|cuda|cpu launch/stages.sh [--dry-run] CONFIG.py CONVERTED RUNS [--config.key=value ...]
+# Goes on where it was stopped. Exits with 75 when it was stopped, and the same command goes on from there; with 2 after
+# an error that somebody has to mend. JAX_PLATFORMS: what to run on; without it JAX takes the CPU where no accelerator
+# is found. WEMMU: the program, `wemmu` by default; "python -m wemmu_jax" does as well. WEMMU_JOIN_TIMEOUT: seconds
+# that all processes of a run may take to come (300).
 set -euo pipefail
 
 dry=
@@ -10,15 +12,13 @@ if [ "${1-}" = --dry-run ]; then
   dry=1
   shift
 fi
-if [ $# -lt 3 ]; then
-  sed -n '2,5p' "$0" >&2
+if [ $# -lt 3 ] || [ -z "${JAX_PLATFORMS-}" ]; then
+  sed -n '2,7p' "$0" >&2
   exit 2
 fi
 config=$1 init=$2 runs=$3
 shift 3
 read -ra wemmu <<<"${WEMMU:-wemmu}"
-# Who is started again, or is the next stage, finds the programs compiled.
-export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$runs/compilation_cache}
 
 # A shell does not hand a signal on to what it waits for.
 child=

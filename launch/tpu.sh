@@ -4,6 +4,7 @@
 # TYPE: v5p-256 is 128 chips, v6e-256 is 256. SETUP: commands that make a new VM ready and end in this repository, see
 # README.md. SLICES: more than one are joined over the data-centre network (1). SPOT=1: cheaper, and preempted.
 # RUNTIME: the VM's image, by TYPE if not given. RESTARTS: how often at most (50). POLL: seconds between looks (60).
+# WEMMU_JOIN_TIMEOUT: seconds that all hosts may take to come, SETUP done (1800).
 set -euo pipefail
 
 dry=
@@ -12,7 +13,7 @@ if [ "${1-}" = --dry-run ]; then
   shift
 fi
 if [ $# -lt 3 ] || [ -z "${NAME-}" ] || [ -z "${ZONE-}" ] || [ -z "${TYPE-}" ] || [ -z "${SETUP-}" ]; then
-  sed -n '2,6p' "$0" >&2
+  sed -n '2,7p' "$0" >&2
   exit 2
 fi
 case $TYPE in
@@ -39,7 +40,8 @@ describe=("${resources[@]}" describe "$NAME" "--zone=$ZONE" "--format=value(stat
 delete=("${resources[@]}" delete "$NAME" "--zone=$ZONE" --force --quiet)
 # The lock: where the connection broke, the processes of before may take a while to end. The last line: gcloud's own
 # exit code does not tell what became of a command on several hosts.
-remote="$SETUP && { JAX_PLATFORMS=tpu flock -w 900 /tmp/wemmu.lock launch/stages.sh $(printf '%q ' "$@");"
+variables="JAX_PLATFORMS=tpu WEMMU_JOIN_TIMEOUT=${WEMMU_JOIN_TIMEOUT:-1800}"
+remote="$SETUP && { $variables flock -w 900 /tmp/wemmu.lock launch/stages.sh $(printf '%q ' "$@");"
 remote+=' echo "wemmu ended with $?"; }'
 train=("${resources[@]}" ssh "$NAME" "--zone=$ZONE" --node=all --worker=all --batch-size=all "--command=$remote")
 

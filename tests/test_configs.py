@@ -50,8 +50,8 @@ def test_paper_numbers(name):
 
 @pytest.mark.parametrize("name", PAPER)
 def test_batch_divides_a_pod(name):
-    rows = Stage.from_config(config_of(name)).rows
-    assert rows % 128 == 0
+    config = config_of(name)
+    assert config.batch.rows % 128 == 0 and config.validation_rows % 256 == 0
 
 
 @pytest.mark.parametrize("name", PAPER)

@@ -1,5 +1,6 @@
-"""Files that several processes of one folder write."""
+"""Files that several processes of one folder write, and JSON files that cannot be read."""
 
+import errno
 import json
 import os
 import pathlib
@@ -56,3 +57,17 @@ def test_two_processes_that_write_one_part_of_the_latents(tmp_path):
     assert names == ["00000.bin", "00000.npy", "keys.npy", "meta.json", "parts", "places.npy"]
     assert len(features.Features(tmp_path)) == 2
     assert json.loads((tmp_path / "meta.json").read_text())["parts"] == 1
+
+
+def test_storage_that_fails_for_the_moment_is_no_damaged_file(tmp_path, monkeypatch):
+    def away(*_, **__):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(pathlib.Path, "read_text", away)
+    with pytest.raises(OSError, match="Stale file handle"):
+        read_object(tmp_path / "run.json")
+
+
+def test_what_is_no_json(tmp_path):
+    with pytest.raises(ValueError, match=r"expected JSON: .*directory"):
+        read_object(tmp_path)

@@ -8,6 +8,8 @@ import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from wemmu_jax.errors import passes
+
 
 def read_object(file: str | pathlib.Path, *, keys: Sequence[str] = ()) -> dict[str, Any]:
     """The JSON object in a file.
@@ -15,12 +17,15 @@ def read_object(file: str | pathlib.Path, *, keys: Sequence[str] = ()) -> dict[s
     Raises:
       FileNotFoundError: the file is missing.
       ValueError: it holds something else, or lacks one of `keys`; names the file.
+      OSError: storage failed for the moment.
     """
     try:
         value = json.loads(pathlib.Path(file).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{file}: missing") from None
     except (ValueError, RecursionError, OSError) as error:
+        if passes(error):
+            raise
         raise ValueError(f"{file}: expected JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{file}: expected a JSON object, found {type(value).__name__}")

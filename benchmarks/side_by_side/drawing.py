@@ -103,6 +103,7 @@ def _drawing(pair: Pair, guidance: Guidance, *, sources: bool = False) -> Row:
         # Pixels are whole numbers; guidance amplifies what rounding does to a velocity.
         tolerance=5e-4 if sizes.dtype == "float32" else 0.2,
         flops=rows * _drawing_flops(pair, [p.length for p in prompts.values()], sources),
+        pictures=rows,
     )
 
 

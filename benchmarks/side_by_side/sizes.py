@@ -87,6 +87,9 @@ class Sizes:
       regional: torch compiles the repeated layer instead of the whole model.
       remat: training recomputes activations, in both libraries.
       stages: the training steps to compare.
+      product: side of the matrices whose product tells what the device can do.
+      training_mfu: that a stage's step should reach of that; 0 asks for nothing.
+      pictures_per_second: that drawing from text should reach; 0 asks for nothing.
     """
 
     name: str
@@ -107,6 +110,9 @@ class Sizes:
     regional: bool = False
     remat: bool = False
     stages: tuple[int, ...] = (1, 2)
+    product: int = 2048
+    training_mfu: float = 0.0
+    pictures_per_second: float = 0.0
 
     @property
     def config(self) -> WeMMUConfig:
@@ -178,6 +184,7 @@ SMALL = Sizes(
     text_tokens=24,
     new_tokens=6,
     solver_steps=2,
+    product=256,
 )
 
 _WIDTHS, _KINDS = (128, 256, 512, 512, 1024, 1024), (RES, RES, RES, VIT, VIT, VIT)
@@ -211,9 +218,20 @@ _GPU = {
     "remat": True,
     "new_tokens": 128,
     "solver_steps": 20,
+    "product": 8192,
+    "training_mfu": 0.46,
 }
 GPU_512 = Sizes(name="gpu-512", **_PUBLISHED, **_GPU, side=512, pictures=16, rows=16, stages=(1,))
-GPU_1024 = Sizes(name="gpu-1024", **_PUBLISHED, **_GPU, side=1024, pictures=4, rows=8, stages=(2,))
+GPU_1024 = Sizes(
+    name="gpu-1024",
+    **_PUBLISHED,
+    **_GPU,
+    side=1024,
+    pictures=4,
+    rows=8,
+    stages=(2,),
+    pictures_per_second=2.4,
+)
 # The way of the GPU sizes, on a CPU.
 SMALL_GPU = dataclasses.replace(
     SMALL, name="small-gpu", dtype="bfloat16", apart=True, regional=True, remat=True

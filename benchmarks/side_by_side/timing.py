@@ -47,6 +47,7 @@ class Row:
       flops: of the model, by formula, in one run.
       control: the bare products and attention of the row in both libraries, (ours, theirs).
       apart: see `Sizes`.
+      pictures: drawn in one run.
     """
 
     ours: Side
@@ -56,6 +57,7 @@ class Row:
     flops: float
     control: tuple[Side, Side] | None = None
     apart: bool = False
+    pictures: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,19 +68,24 @@ class Result:
       error: the largest relative L2 error, of all rungs.
       first: seconds of each side's first run, compilation included.
       seconds: of each side, one for each round; the controls are "control ours" and "control torch".
-      flops: of one run.
+      flops, pictures: of one run.
     """
 
     error: float
     first: dict[str, float]
     seconds: dict[str, list[float]]
     flops: float
+    pictures: int = 0
 
     @property
     def best(self) -> str:
         """The faster rung of torch."""
         rungs = self.seconds.keys() - {OURS, "control ours", "control torch"}
-        return min(rungs, key=lambda name: statistics.median(self.seconds[name]))
+        return min(rungs, key=self.median)
+
+    def median(self, side: str) -> float:
+        """Seconds of a side."""
+        return statistics.median(self.seconds[side])
 
     def ratio(self, mine: str, other: str) -> tuple[float, float, float]:
         """Median and quartiles of one side's time over another's, round by round."""
@@ -156,4 +163,4 @@ def measure(row: Row, *, rounds: int, rungs: Sequence[str] = ("eager", "compiled
         # Every other round backwards, so that nobody always comes after the same one.
         for name in list(sides)[:: -1 if number % 2 else 1]:
             seconds[name].append(_turn(sides[name], row, repeats=repeats[name]))
-    return Result(error, first, seconds, row.flops)
+    return Result(error, first, seconds, row.flops, row.pictures)

@@ -11,7 +11,7 @@ import torch
 from benchmarks.side_by_side import __main__ as command
 from benchmarks.side_by_side import pair, timing
 from benchmarks.side_by_side.sizes import CPU, GPU_512, GPU_1024, SMALL, SMALL_GPU
-from benchmarks.side_by_side.table import bound, line, table, write_section
+from benchmarks.side_by_side.table import BOUND, MFU, PEAK, SPEED, Table, bound, write_section
 from benchmarks.side_by_side.timing import Result, Row, Side, measure
 from tests.conftest import unoptimised
 from wemmu_jax.models.wemmu.config import BridgeConfig
@@ -34,6 +34,7 @@ def slow_ones(names: tuple[str, ...]) -> list:
 def test_every_row_agrees_with_torch(name):
     result = command.run_row(name, SMALL, rounds=0, rungs=("eager",))
     assert 0 <= result.error < 5e-4 and result.flops > 0
+    assert result.pictures == (SMALL.pictures if name in ("T2I", "edit") else 0)
 
 
 @pytest.mark.slow
@@ -42,7 +43,8 @@ def test_every_row_the_way_a_gpu_takes(name):
     """bfloat16 after a check in float32, states in turns, layers compiled one by one and recomputed."""
     result = command.run_row(name, SMALL_GPU, rounds=2)
     assert all(len(times) == 2 and min(times) > 0 for times in result.seconds.values())
-    assert {"ours", "eager", "compiled"} <= result.seconds.keys()
+    rungs = {"eager"} if name == PEAK else {"eager", "compiled"}
+    assert {"ours", *rungs} <= result.seconds.keys()
 
 
 def test_training_starts_from_the_same_weights_in_every_turn():
@@ -79,7 +81,9 @@ def test_gpu_sizes_are_the_real_ones():
             real.dit,
             real.dc_ae,
         )
+        assert (sizes.product, sizes.training_mfu, sizes.solver_steps) == (8192, 0.46, 20)
     assert (GPU_512.grid, GPU_1024.grid) == ((18, 18), (37, 37))
+    assert GPU_1024.pictures > 1 and GPU_1024.pictures_per_second == 2.4
     widths = dataclasses.replace(CPU.config.vlm.text, num_hidden_layers=36, vocab_size=151_936)
     assert widths == real.vlm.text
     assert GPU_512.exact.dtype == "float32" and SMALL.exact is SMALL
@@ -179,19 +183,78 @@ CONTROLLED = dataclasses.replace(
 )
 
 
+def made(sizes, peak: float | str = "", **results: Result | str) -> Table:
+    """A table whose device can do `peak` FLOP/s, as the faster library found; or why nobody knows."""
+    found = dict(results)
+    if peak:
+        measured = Result(0.0, {"ours": 1.0}, {"ours": [2.0], "eager": [1.0]}, flops=peak)
+        found[PEAK] = peak if isinstance(peak, str) else measured
+    return Table(sizes, found)
+
+
 def test_a_row_misses_its_bound_or_meets_that_of_its_control():
-    assert bound(RESULT) == 1.0 and bound(CONTROLLED) == pytest.approx(1.26)
-    assert "| 1.20 | 1.20 to 1.20 |  | 1.00 **missed** | 1 | 9, 30 | 3e-07 |" in line("a", RESULT)
-    assert "| 1.20 | 1.20 to 1.20 | 1.20 | 1.26 | 1 |" in line("a", CONTROLLED)
+    assert bound(RESULT, "cpu") == 1.0 and bound(CONTROLLED, "cpu") == pytest.approx(1.26)
+    table = made(CPU, peak=4e12, a=RESULT, b=CONTROLLED)
+    assert (table.missed("a"), table.missed("b")) == ({BOUND}, set())
+    assert "| 1.20 | 1.20 to 1.20 |  | 1.00 **missed** | 1 | 0.25 |  | 9, 30 | 3e-07 |" in (
+        table.line("a")
+    )
+    assert "| 1.20 | 1.20 to 1.20 | 1.20 | 1.26 | 1 | 0.25 |" in table.line("b")
+
+
+def test_on_a_gpu_no_row_may_be_slower_than_torch():
+    """Whatever the bare products take."""
+    table = made(GPU_512, ViT=CONTROLLED)
+    assert bound(CONTROLLED, "cuda") == 1.0 and table.missed("ViT") == {BOUND}
+    assert "| 1.20 | 1.20 to 1.20 | 1.20 | 1.00 **missed** |" in table.line("ViT")
+    assert made(CPU, ViT=CONTROLLED).missed("ViT") == set()
+
+
+FAST = dataclasses.replace(RESULT, seconds={"ours": [1.0], "eager": [2.0]}, pictures=4)
+
+
+def test_training_is_held_against_the_peak_that_was_measured():
+    step = {"stage 1 step": FAST, "DiT training step": FAST}
+    enough, short = made(GPU_512, peak=2.6e12, **step), made(GPU_512, peak=2.7e12, **step)
+    assert enough.mfu("stage 1 step") == pytest.approx(1.2 / 2.6)
+    assert (enough.missed("stage 1 step"), short.missed("stage 1 step")) == (set(), {MFU})
+    assert "| 0.46 of 0.46 |" in enough.line("stage 1 step")
+    assert "| 0.44 of 0.46 **missed** |" in short.line("stage 1 step")
+    assert short.missed("DiT training step") == set() and short.missed(PEAK) == set()
+    assert "Peak: 2.7 TFLOP/s" in short.said_of_peak and "8192 x 8192" in short.said_of_peak
+    assert made(CPU, peak=1e15, **step).missed("stage 1 step") == set()
+
+
+def test_a_peak_that_could_not_be_measured():
+    table = made(GPU_512, peak="failed, code 1: why", **{"stage 1 step": FAST, "T2I": FAST})
+    assert (table.missed("peak"), table.missed("stage 1 step"), table.missed("T2I")) == (
+        {"peak"},
+        {MFU},
+        set(),
+    )
+    assert "| ? of 0.46 **missed** |" in table.line("stage 1 step") and table.peak is None
+
+
+def test_pictures_a_second():
+    slow = dataclasses.replace(FAST, seconds={"ours": [1.7], "eager": [2.0]})
+    table = made(GPU_1024, peak=1e12, T2I=FAST, edit=slow)
+    assert table.missed("T2I") == set() and "| 4.00 of 2.4 |" in table.line("T2I")
+    assert table.missed("edit") == set() and "| 2.35 |" in table.line("edit")
+    table = made(GPU_1024, peak=1e12, T2I=slow)
+    assert table.missed("T2I") == {SPEED} and "| 2.35 of 2.4 **missed** |" in table.line("T2I")
+    assert made(GPU_512, peak=1e12, T2I=slow).missed("T2I") == set()
 
 
 def test_only_the_marked_section_is_written(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("# A\n<!-- begin cpu -->\nold\n<!-- end cpu -->\n## B\n")
-    write_section(page, "cpu", table({"ViT": RESULT, "T2I": "failed, code 1: why"}, "Here."))
+    table = made(CPU, ViT=RESULT, T2I="failed, code 1: why")
+    write_section(page, "cpu", table.text("Here."))
     text = page.read_text()
     assert text.startswith("# A\n<!-- begin cpu -->\n\nHere.\n") and "old" not in text
     assert text.endswith("\n<!-- end cpu -->\n## B\n") and "| T2I | failed, code 1: why |" in text
+    rows = [row for row in text.splitlines() if row.startswith("|")]
+    assert len({row.count("|") for row in rows}) == 1 and len(rows) == 4
     with pytest.raises(ValueError, match="expected the marks <!-- begin gpu-512 -->"):
         write_section(page, "gpu-512", "")
 
@@ -204,13 +267,24 @@ def test_the_page_has_room_for_every_table(tmp_path):
         assert f"results of {sizes.name}" in page.read_text()
 
 
-def test_the_command(tmp_path, capsys):
-    page = tmp_path / "page.md"
+def test_the_command(tmp_path, capsys, monkeypatch):
+    page, spawn, asked = tmp_path / "page.md", command._spawn, []
     page.write_text("<!-- begin small --><!-- end small -->")
+    peak = dataclasses.asdict(Result(0.0, {"ours": 1.0}, {"ours": [2.0], "eager": [1.0]}, 1e15))
+
+    def spawned(args, name, **more):
+        asked.append(name)
+        return peak.copy() if name == PEAK else spawn(args, name, **more)
+
+    monkeypatch.setattr(command, "_spawn", spawned)  # a process less
     words = ["--small", "--only", "DC-AE decode", "--eager", "--rounds", "2", "--write", str(page)]
     assert command.main(words) in (0, 1)  # who is faster depends on the hour
-    assert "| DC-AE decode | " in capsys.readouterr().out
-    assert "torch" in page.read_text() and "| DC-AE decode | " in page.read_text()
+    printed, text = capsys.readouterr().out, page.read_text()
+    assert "| DC-AE decode | " in printed and "torch" in text
+    assert asked == [PEAK, "DC-AE decode"], "MFU needs the peak, whatever is asked for"
+    for said in (printed, text):
+        assert "Peak: 1000 TFLOP/s" in said and "| MFU | pictures/s |" in said
+    assert "| 0.00 |" in text  # of so much
 
 
 def test_a_device_that_is_not_there():

@@ -121,17 +121,19 @@ def test_show_draws_samples_with_their_prompts(wemmu, photos, converted, tmp_pat
     assert text.count("<tr>") == 20 and text.count("data:image/jpeg") > 20
     assert "a red circle &lt;" in text and "turn" in text and "Please reproduce" in text
     assert re.search(r"T2I<br>.*<br>\d+ x \d+<br>[1-9]\d* tokens", text)
-    words = [
-        "--count",
-        80,
-        "--init",
-        converted,
-        f"--config.data.sources=[{json.dumps(str(photos))}]",
-    ]
+    cut = (photos.parent / "2.png").read_bytes()
+    (photos.parent / "2.png").write_bytes(cut[: len(cut) // 2])
+    words = ["--init", converted, f"--config.data.sources=[{json.dumps(str(photos))}]"]
+    words += ["--config.batch.rows=32", "--count", 32]
     result = wemmu("data", "show", "configs/tiny.py:stage3", "--out", page, *words)
-    assert result.code == 0, result.err
+    assert result.code == 0 and "32 samples" in result.out, result.err
     text = page.read_text()
-    assert "S-Edit" in text and "photos/" in text and "<i>empty</i>" in text
+    assert text.count("<tr>") == 32 and "micro-batches 0 to 7" in text
+    tasks = re.findall(r"<tr><td>\d+ · ([\w-]+)<br>", text)
+    # Of 110, S-Edit has 55, T2I 25, Rec 20 and Uncond 10.
+    assert 8 <= tasks.count("S-Edit") <= 24 and set(tasks) == {"S-Edit", "T2I", "Rec", "Uncond"}
+    assert "photos/" in text and "<i>empty</i>" in text
+    assert "in the place of photos/3:2.png: " in text and "<br>photos/3:2.png<br>" not in text
 
 
 def test_conversations_are_checked_and_shown(wemmu, converted, tmp_path):
@@ -198,12 +200,16 @@ def test_captions_are_what_the_model_says_of_each_picture(
     assert [file.name for file in sorted(folder.iterdir())] == [
         "captions-00001-of-00003.bad.jsonl",
         "captions-00001-of-00003.jsonl",
+        "captions.json",
     ]
     kept = (folder / "captions-00001-of-00003.jsonl").stat().st_mtime_ns
     assert wemmu(*words, "--threads", 2).code == 0
     assert (folder / "captions-00001-of-00003.jsonl").stat().st_mtime_ns == kept
+    other = wemmu(*words, "--prompt", "What is it?")
+    assert other.code == 2 and "captions-*.jsonl were made from something else" in other.err
+    assert f"prompt: there {DESCRIPTION_PROMPT!r}, now 'What is it?'" in other.err
     rows, bad = {}, {}
-    for file in sorted(folder.iterdir()):
+    for file in sorted(folder.glob("*.jsonl")):
         for row in map(json.loads, file.read_text().splitlines()):
             (bad if "reason" in row else rows)[row["key"]] = row.get("caption", row.get("reason"))
     assert len(rows) + len(bad) == 30 and "checksum" in bad["5:4.png"]

@@ -1,5 +1,6 @@
 """The frame around the commands: speed, exit codes, messages."""
 
+import errno
 import inspect
 import subprocess
 import sys
@@ -80,6 +81,35 @@ def test_interrupted(monkeypatch, wemmu):
     monkeypatch.setattr(chat, "run", run)
     result = wemmu("chat", "hi", "--checkpoint", "x")
     assert (result.code, result.err) == (130, "wemmu chat: interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (TimeoutError("a bucket that does not answer"), 75),
+        (ConnectionResetError(errno.ECONNRESET, "by the peer"), 75),
+        (OSError(errno.EIO, "of a disk behind a network"), 75),
+        (OSError(errno.ESTALE, "of NFS"), 75),
+        (OSError(errno.ENOTCONN, "of a mounted bucket"), 75),
+        (FileNotFoundError(errno.ENOENT, "not there"), 2),
+        (PermissionError(errno.EACCES, "not allowed"), 2),
+        (NotADirectoryError(errno.ENOTDIR, "a file"), 2),
+        (IsADirectoryError(errno.EISDIR, "a folder"), 2),
+        (OSError(errno.ENOSPC, "full"), 2),
+        (OSError("without a number"), 2),
+        (ValueError("a key"), 2),
+    ],
+    ids=repr,
+)
+def test_errors_of_the_moment_ask_for_another_try(error, code, monkeypatch, wemmu):
+    """Launch scripts start again whatever does not exit with 2."""
+
+    def run(args):
+        raise error
+
+    monkeypatch.setattr(chat, "run", run)
+    result = wemmu("chat", "hi", "--checkpoint", "x")
+    assert (result.code, result.err) == (code, f"wemmu chat: {error}\n")
 
 
 def test_overrides_are_taken_in_both_forms():

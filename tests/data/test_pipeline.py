@@ -15,7 +15,7 @@ from PIL import Image
 from tests.data.test_schedule import AnySize, Sized, feeds
 from wemmu_jax.data import workers as workers_lib
 from wemmu_jax.data.buckets import make_buckets
-from wemmu_jax.data.ledger import Ledger
+from wemmu_jax.data.ledger import Ledger, TooManyReplaced
 from wemmu_jax.data.pipeline import MicroBatches
 from wemmu_jax.data.pools import Feed
 from wemmu_jax.data.sources import build_feeds
@@ -275,9 +275,9 @@ def test_the_ledger(tmp_path):
         with (tmp_path / "ledger/0.jsonl").open("a") as file:
             file.write('{"data_set": "t", "k')
     ledger = Ledger(tmp_path / "other.jsonl", share=0.05)
-    with pytest.raises(ValueError, match=r"51 of \d+ rows .*0\.05.*\n  3 x t: no picture"):
+    with pytest.raises(TooManyReplaced, match=r"51 of \d+ rows .*0\.05.*\n  3 x t: no picture"):
         for batch in seen:
-            ledger.note(batch)
+            ledger.count(len(batch.keys), ledger.note(batch))
 
 
 def slow(example, bucket, length):

@@ -221,6 +221,49 @@ def test_buckets_come_in_proportion_and_do_not_beat_with_the_tasks():
     assert all(seen[bucket, task] > 2.2 * SPAN for bucket in (1, 2) for task in mixture)
 
 
+def draw(feeds, mixture, micro_batches, rows=8):
+    """(record, data set) -> how often it comes, and the pools."""
+    buckets = make_buckets(512, multiple=32, count=3, max_ratio=2)
+    pools = gather_pools(feeds, mixture, buckets, rows)
+    schedule = Schedule(mixture, pools, bucket_count=3, rows=rows, seed=0)
+    drawn = Counter()
+    for number in range(micro_batches):
+        plan = schedule.plan(number)
+        for row in plan.rows:
+            pool = pools[row.pool]
+            drawn[pool.feed, pool.record(plan.bucket, row.use, seed=0)] += 1
+    return pools, drawn
+
+
+def test_data_sets_of_other_aspects_use_up_their_records_alike():
+    """One is wide and seldom tall, one tall and seldom wide, one is drawn at any size."""
+    wide, tall = [(362, 724)], [(724, 362)]
+    feeds = [
+        Feed("wide", Task.T2I, Sized(wide * 270 + tall * 30, [0] * 300), 2.0),
+        Feed("tall", Task.T2I, Sized(wide * 20 + tall * 180, [0] * 200), 1.0),
+        Feed("drawn", Task.T2I, AnySize(100), 1.0),
+    ]
+    _, drawn = draw(feeds, {Task.T2I: 1}, 5 * SPAN)
+    rows = 5 * SPAN * 8
+    for feed, share in enumerate((0.5, 0.25, 0.25)):
+        uses = [drawn[feed, record] for record in range(len(feeds[feed].source))]
+        assert sum(uses) == pytest.approx(share * rows, abs=4)
+        assert max(uses) - min(uses) <= 1
+
+
+def test_a_data_set_without_a_bucket_leaves_it_to_others():
+    square, tall = [(512, 512)], [(724, 362)]
+    feeds = [
+        Feed("all", Task.T2I, Sized(square * 60 + tall * 60, [0] * 120)),
+        Feed("square", Task.T2I, Sized(square * 40, [0] * 40)),
+    ]
+    pools, drawn = draw(feeds, {Task.T2I: 1}, 2 * SPAN)
+    assert [pool.counts.tolist() for pool in pools] == [[0, 60, 60], [0, 40, 0]]
+    for feed in (0, 1):
+        share = sum(count for (own, _), count in drawn.items() if own == feed) / (2 * SPAN * 8)
+        assert share == pytest.approx(0.5, abs=0.01)
+
+
 def test_a_bucket_short_of_records_merges_for_its_arity_alone():
     square, tall = [(512, 512)] * 50, [(724, 362)]
     buckets = make_buckets(512, multiple=32, count=3, max_ratio=2)

@@ -11,8 +11,10 @@ from PIL import Image
 from wemmu_jax.data.buckets import make_buckets
 from wemmu_jax.data.formats import lists, rows
 from wemmu_jax.data.pools import gather_pools
+from wemmu_jax.data.records import identity
 from wemmu_jax.data.sources import build_feeds, build_source
 from wemmu_jax.data.tasks import Task
+from wemmu_jax.miniworld.sources import MiniworldSource
 
 
 @pytest.fixture
@@ -100,6 +102,26 @@ def test_a_bad_line_is_named_and_the_others_are_read(folder, line, message):
     with pytest.raises(ValueError, match="'a': 1 of 3 records .*share 0.01.*\n.*" + message):
         build_feeds([entry], bad_share=0.01)
     assert len(build_feeds([entry], bad_share=0.4)[0].source) == 2
+
+
+def test_hosts_can_tell_that_they_see_different_data(folder):
+    write(folder, CAPTION, EDIT, BOTH)
+    found = identity(photos(folder))
+    assert found.startswith("3 records, ") and found == identity(photos(folder))
+    others = [
+        (CAPTION, EDIT),
+        (CAPTION, BOTH, EDIT),
+        (CAPTION, {**EDIT, "image": "sub/c.png"}, BOTH),
+    ]
+    for lines in others:
+        write(folder, *lines)
+        assert identity(photos(folder)) != found
+    write(folder, CAPTION, EDIT, BOTH)
+    Image.new("RGB", (60, 40), (200, 10, 11)).save(folder / "a.png")
+    write(folder, CAPTION, EDIT, BOTH, "")
+    assert identity(photos(folder)) != found
+    drawn = [MiniworldSource("edit", seed=0, size=size, split="train") for size in (5, 5, 6)]
+    assert identity(drawn[0]) == identity(drawn[1]) != identity(drawn[2])
 
 
 def test_a_set_without_a_record_is_an_error(folder):

@@ -19,7 +19,7 @@ SCRIPTS = ("stages", "local", "slurm", "tpu", "gke")
 WORDS = ("configs/tiny.py", "the weights", "runs", '--config.data.sources=[{"name": "it\'s"}]')
 VARIABLES = {
     "local": {},
-    "stages": {},
+    "stages": {"JAX_PLATFORMS": "cpu"},
     "slurm": {},
     "tpu": {"NAME": "w", "ZONE": "z", "TYPE": "v5p-256", "SETUP": "cd /repo"},
     "gke": {
@@ -172,6 +172,15 @@ case $JAX_PROCESS_ID$(wc -l <"$here/tries$JAX_PROCESS_ID") in 11) exit 75 ;; 12)
     assert other.count("process 1 of 2 at localhost:1234") == 6
 
 
+@pytest.mark.parametrize(("told", "platform"), [("", "cuda"), ("cpu", "cpu")])
+def test_local_asks_for_gpus_unless_told_otherwise(told, platform, tmp_path):
+    fake(tmp_path, "wemmu", 'echo "$JAX_PLATFORMS"')
+    found = ran("local", tmp_path, *words_of("local"), JAX_PLATFORMS=told)
+    assert set(found.stdout.split()) == {platform}
+    dry = ran("local", tmp_path, "--dry-run", *words_of("local"), JAX_PLATFORMS=told).stdout
+    assert dry.count(f"JAX_PLATFORMS={platform} ") == 2 * 4
+
+
 def test_local_does_not_repeat_an_error_and_gives_up(tmp_path):
     fake(tmp_path, "wemmu", "exit 2")
     assert ran("local", tmp_path, *words_of("local")).returncode == 2
@@ -269,12 +278,15 @@ def test_tpu_commands(tmp_path):
     assert {"--node=all", "--worker=all", "--batch-size=all"} <= set(train)
     [remote] = [word.removeprefix("--command=") for word in train if word.startswith("--command=")]
     # What the host's shell will make of it.
-    fake(tmp_path, "flock", 'shift 2; printf "%s\\n" "$JAX_PLATFORMS" "$@" >"$here/host"; exit 75')
+    body = (
+        'shift 2; printf "%s\\n" "$JAX_PLATFORMS" "$WEMMU_JOIN_TIMEOUT" "$@" >"$here/host"; exit 75'
+    )
+    fake(tmp_path, "flock", body)
     remote = remote.replace("cd /repo", "true")
     env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     host = subprocess.run(["bash", "-c", remote], env=env, capture_output=True, text=True)
     assert host.stdout == "wemmu ended with 75\n"
-    expected = ["tpu", "/tmp/wemmu.lock", "launch/stages.sh", *WORDS]
+    expected = ["tpu", "1800", "/tmp/wemmu.lock", "launch/stages.sh", *WORDS]
     assert (tmp_path / "host").read_text().splitlines() == expected
 
 
@@ -299,7 +311,12 @@ def test_gke_job_set(topology, slices, hosts, spot, tmp_path):
     assert dry == "# kubectl apply -f -\n" + (tmp_path / "applied").read_text()
     pods, pod = check_jobset(load_yaml(dry))
     assert pods == (int(slices), hosts)
-    assert pod["containers"][0]["command"] == ["launch/stages.sh", *WORDS]
+    [container] = pod["containers"]
+    assert container["command"] == ["launch/stages.sh", *WORDS]
+    assert {one["name"]: one["value"] for one in container["env"]} == {
+        "JAX_PLATFORMS": "tpu",
+        "WEMMU_JOIN_TIMEOUT": "1800",
+    }
     assert pod["nodeSelector"] == {
         "cloud.google.com/gke-tpu-accelerator": "tpu-v5p-slice",
         "cloud.google.com/gke-tpu-topology": topology,

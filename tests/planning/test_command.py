@@ -2,6 +2,7 @@
 
 import json
 import re
+import types
 
 import jax
 import pytest
@@ -89,6 +90,48 @@ def test_a_stage_that_does_not_fit_is_one_error(tmp_path, capsys):
 def test_a_topology_that_does_not_exist(tmp_path, capsys):
     assert plan("--topology", "v5p:3x3x3", "--cache", tmp_path) == FAILED
     assert "these exist, among others: v4:2x2x4" in capsys.readouterr().err
+
+
+def test_a_stage_that_cannot_be_planned_takes_no_other_with_it(tmp_path, capsys, monkeypatch):
+    """Of four the second is refused and the third does not fit."""
+    wrong = {"tiny stage2": "batch.rows=12 does not divide over 8 devices"}
+
+    def plan_stage(setting, library, **how):
+        name = setting.config.name
+        if name in wrong:
+            raise ValueError(wrong[name])
+        room = {"spare": -1 if name == "tiny stage3" else 1, "memory": {"temporaries": 0}}
+        chip = types.SimpleNamespace(memory=0)
+        said = {"stage": name, "topology": "v5p:2x2x2", "chip": chip}
+        return types.SimpleNamespace(**room, **said, to_json=lambda: {"stage": name})
+
+    monkeypatch.setattr("wemmu_jax.planning.plan.plan_stage", plan_stage)
+    monkeypatch.setattr("wemmu_jax.planning.table.table", lambda plan: f"table of {plan.stage}")
+    monkeypatch.setattr("wemmu_jax.planning.memory.what_fits", lambda *_: "fewer rows would")
+    stages = [f"configs/tiny.py:stage{number}" for number in (1, 2, 3, 4)]
+    words = ["--topology", "v5p:2x2x2", "--cache", tmp_path, "--json", tmp_path / "plan.json"]
+    assert main(["plan", "--config", *stages, *map(str, words)]) == FAILED
+    said = capsys.readouterr()
+    assert re.findall("table of (.*)", said.out) == ["tiny stage1", "tiny stage3", "tiny stage4"]
+    assert said.err.splitlines() == [
+        f"wemmu plan: configs/tiny.py:stage2: {wrong['tiny stage2']}",
+        "  configs/tiny.py:stage3: tiny stage3 does not fit v5p:2x2x2: fewer rows would",
+    ]
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert [one["stage"] for one in found["stages"]] == [
+        "tiny stage1",
+        "tiny stage3",
+        "tiny stage4",
+    ]
+    assert list(found["failed"]) == stages[1:3]
+
+
+def test_an_error_that_all_stages_have_is_said_once(tmp_path, capsys):
+    words = ["configs/tiny.py:stage1", "configs/tiny.py:stage2", "--topology", "v5p-8"]
+    assert main(["plan", "--config", *words, "--cache", str(tmp_path)]) == FAILED
+    said = capsys.readouterr().err
+    assert said.count("expected generation:chips") == 1
+    assert said.startswith("wemmu plan: configs/tiny.py:stage1, configs/tiny.py:stage2: no TPU")
 
 
 def test_what_is_no_topology(tmp_path, capsys):

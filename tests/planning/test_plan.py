@@ -2,15 +2,19 @@
 
 import collections
 import dataclasses
+import json
+import math
 from fractions import Fraction
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 import pytest
 
 from configs.wemmu_3b import STAGES
+from tests.planning.golden import CASES
 from tests.planning.samples import program, torus
 from wemmu_jax.data.pools import Pool
 from wemmu_jax.data.schedule import SPAN, Schedule
@@ -21,7 +25,7 @@ from wemmu_jax.planning.plan import DoesNotFit, branches, plan_stage
 from wemmu_jax.planning.predict import Predictor, Times
 from wemmu_jax.planning.programs import Compiled, Key, Library, Setting, compile_program
 from wemmu_jax.planning.search import POLICIES, search
-from wemmu_jax.planning.shapes import shares, squarest
+from wemmu_jax.planning.shapes import model_flops, shares, squarest
 from wemmu_jax.training.curriculum import load_config
 
 
@@ -44,9 +48,11 @@ def setting(stage: str = "stage1", **overrides) -> Setting:
 
 @pytest.mark.parametrize(("stage", "arities"), [("stage1", 2), ("stage3", 2), ("stage4", 3)])
 def test_shares_are_those_of_the_mixture(stage, arities):
-    found = shares(setting(stage))
+    planned = setting(stage)
+    found = shares(planned)
     assert sum(found.values()) == pytest.approx(1)
-    assert len(found) == 9 * arities <= 30
+    assert len(found) == 9 * arities
+    assert len(found) * len(planned.config.data.text_lengths) <= 30
     weights = STAGES[stage]["data.mixture"]
     text_only = (weights["T2I"] + weights["Uncond"]) / sum(weights.values())
     of = collections.Counter()
@@ -73,6 +79,38 @@ def test_a_square_stands_for_an_arity():
     shape = squarest(shares(setting()), 1)
     assert (shape.arity, shape.bucket.height, shape.bucket.width) == (1, 512, 512)
     assert [key.name for key in shape.programs] == ["accumulate", "encode target", "encode source"]
+
+
+def test_data_sets_are_given_as_training_takes_them(tmp_path):
+    """Entries, or YAML files of them; what of a set cannot be read counts as there."""
+    lines = [{"image": f"{number}.png", "caption": "a star"} for number in range(4)]
+    for line in lines:
+        PIL.Image.new("RGB", (64, 64)).save(tmp_path / line["image"])
+    lines.append({"image": "missing.png", "caption": "a star"})
+    (tmp_path / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    entry = {"name": "a", "tasks": ["T2I", "Rec", "Uncond"], "type": "folder"}
+    entry["folder"] = str(tmp_path)
+    (tmp_path / "sets.yaml").write_text(json.dumps([entry]))
+    some = {"data.bad_share": 0.5}
+    found = shares(setting(**{"data.sources": (str(tmp_path / "sets.yaml"),)}, **some))
+    assert found == shares(setting(**{"data.sources": (entry,)}, **some))
+    assert {shape.bucket.log_aspect for shape in found} == {0} and sum(found.values()) == 1
+    with pytest.raises(ValueError, match=r"'a': 1 of 5 records cannot be read"):
+        shares(setting(**{"data.sources": (entry,)}))
+
+
+def test_with_cached_latents_the_autoencoder_does_not_run():
+    plain, cached = setting("stage4"), setting("stage4", **{"data.features": "latents"})
+    assert [shape[:2] for shape in shares(cached)] == [shape[:2] for shape in shares(plain)]
+    shape = squarest(shares(cached), 2)
+    assert [key.name for key in shape.programs] == ["accumulate"]
+    flops = [model_flops(one, squarest(shares(one), 2)) for one in (plain, cached)]
+    assert flops[0].keys() - flops[1].keys() == {"DC-AE encode"}
+    # What the host hands over.
+    pixels = [one.run.pixels(shape.bucket, arity=2) for one in (plain, cached)]
+    assert pixels[1].vit == pixels[0].vit
+    assert (pixels[1].target.shape, pixels[1].target.dtype) == ((128, 32, 32, 32), np.float16)
+    assert [one.shape for one in pixels[1].sources] == [(128, 37, 37, 32)] * 2
 
 
 def test_branches_are_those_of_the_model_and_others_are_an_error():
@@ -149,7 +187,25 @@ def test_a_mesh_that_does_not_divide_the_devices(tmp_path):
 
 def test_rows_that_the_mesh_does_not_divide(tmp_path):
     said = told(tmp_path, "stage1", **{"batch.rows": 12})
-    assert "12 rows does not divide over 8 devices" in said and "[8, 16]" in said
+    assert "batch.rows=12 does not divide over 8 devices" in said and "[8, 16]" in said
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_golden_cases_can_be_planned(name):
+    """What is to be planned is a batch that its devices divide, and the paper's."""
+    case = CASES[name]
+    chips = math.prod(map(int, case.topology.partition(":")[2].split("x")))
+    config = case.setting.config
+    assert config.batch.rows % chips == 0
+    paper = load_config(f"configs/wemmu_3b.py:{case.stage}").batch
+    assert config.batch.rows * config.batch.micro_batches == paper.rows * paper.micro_batches
+
+
+def test_held_out_rows_that_the_mesh_does_not_divide(tmp_path):
+    """As `wemmu train` says it, once there is something to validate on."""
+    held_out = {"data.held_out": ("none.yaml",), "validation_rows": 12}
+    said = told(tmp_path, "stage1", **held_out)
+    assert "validation_rows=12 does not divide over 8 devices" in said and "[8, 16]" in said
 
 
 def test_weights_that_do_not_fit(tmp_path):
@@ -223,8 +279,8 @@ def test_a_chip_of_which_nothing_is_known():
 
 
 @pytest.fixture
-def planned(tmp_path, monkeypatch):
-    """A stage whose every program is the sample `loops`."""
+def plan(tmp_path, monkeypatch):
+    """Keys of the config -> a stage whose every program is the sample `loops`."""
     made = {"temporaries": GIB, "outputs": 0, "aliased": 0}
     monkeypatch.setattr(
         Library,
@@ -234,7 +290,30 @@ def planned(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "wemmu_jax.planning.plan.read_program", lambda text, taken: program("loops")
     )
-    return plan_stage(setting("stage4", **{"mesh.fsdp": 8}), Library(tmp_path))
+    return lambda **changed: plan_stage(
+        setting("stage4", **{"mesh.fsdp": 8}, **changed), Library(tmp_path)
+    )
+
+
+@pytest.fixture
+def planned(plan):
+    """The config as it is."""
+    return plan()
+
+
+def test_cached_latents_save_what_encoding_takes(plan):
+    """Every program is the same here, so a micro-batch costs one where it cost two and its sources."""
+    plain, cached = plan(), plan(**{"data.features": "latents"})
+    one = Predictor(torus(2, 2, cores=2)).times(program("loops"))
+    for shape, saved in zip(plain.shapes, cached.shapes, strict=True):
+        if shape.shape == shape.compiled:
+            runs = shape.times.raw_exposed / one.raw_exposed
+            assert runs == pytest.approx(2 + shape.shape.arity)
+            assert saved.times.raw_exposed == pytest.approx(one.raw_exposed)
+    assert not any("encode" in one.name for one in cached.programs)
+    assert any("data.features" in said for said in cached.assumptions)
+    batches = [one.memory["two micro-batches"] for one in (plain, cached)]
+    assert batches[1] < batches[0]
 
 
 def test_a_step_is_its_micro_batches_and_what_runs_once(planned):

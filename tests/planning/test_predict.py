@@ -165,6 +165,21 @@ def test_between_slices_a_slice_shares_the_work():
     assert two.seconds(moved("collective-permute", 1e9, (0, 4))) == 1e9 / V5P.network
 
 
+@pytest.mark.parametrize("pairs", ["{{0,1},{3,4},{6,7}}", "{{3,4},{0,1},{6,7}}"])
+def test_a_permutation_takes_as_long_as_its_slowest_pair(pairs):
+    """Of two slices of four, whatever the order in which XLA lists them; inside a slice all pairs are alike."""
+    two = torus(2, 2, slices=2)
+    assert two.seconds(Collective("collective-permute", "bf16[1]", 1e9, pairs)) == 1e9 / V5P.network
+    inside = Collective("collective-permute", "bf16[1]", 1e9, pairs.replace("{3,4}", "{2,3}"))
+    assert two.seconds(inside) == 1e9 / V5P.link
+
+
+def test_pairs_that_cannot_be_read():
+    odd = Collective("collective-permute", "bf16[1]", 1e9, "[4,2]<=[8]")
+    with pytest.raises(ValueError, match=r"cannot read who takes part .*\[4,2\]"):
+        _ = odd.pairs
+
+
 def test_devices_of_one_chip_are_neighbours():
     pairs = torus(2, 2, cores=2)
     assert pairs.bandwidth((0, 1)) == V5P.link

@@ -1,5 +1,6 @@
 """Where the arguments of training lie, and what moves between devices: a small model on eight of them."""
 
+import collections
 import contextlib
 import math
 import re
@@ -24,8 +25,11 @@ from wemmu_jax.training.step import row_losses
 STREAMS = [stream.value for stream in VAEStream]
 
 
-def small_run(stream: str, rows: int, remat: str = "full") -> AbstractRun:
+def small_run(
+    stream: str, rows: int, remat: str = "full", *, loss: str = "flow_matching"
+) -> AbstractRun:
     config = get_config("stage4")
+    config.loss.kind = loss
     config.model.remat = remat
     config.model.bridge = small_config(vae_stream=VAEStream(stream)).bridge.to_dict()
     config.data.resolution, config.data.max_aspect, config.data.pad_multiple = 64, 1.5, 4
@@ -79,23 +83,33 @@ def test_an_abstract_batch_has_the_form_of_the_real_one(stream, arity):
 
 
 def moved(text: str, rows: int) -> set[str]:
-    """Collectives of an optimised program whose result has an axis as long as the whole batch."""
-    shapes = re.findall(rf"= \(?(\w+\[[\d,]*\]).*? (?:{'|'.join(KINDS)})(?:-start)?\(", text)
-    return {shape for shape in shapes if re.search(rf"[\[,]{rows}[,\]]", shape)}
+    """Collectives of an optimised program that have an axis along which all rows of the batch lie, once or twice; but
+    for the losses, of which every device has a copy."""
+    kinds = rf"= \(?(.*?)\)? (?:{'|'.join(KINDS)})(?:-start)?\("
+    shapes = {
+        shape for found in re.findall(kinds, text) for shape in re.findall(r"\w+\[[\d,]+\]", found)
+    }
+    whole = {shape for shape in shapes if re.search(rf"[\[,]({rows}|{2 * rows})[,\]]", shape)}
+    return whole - {f"f32[{rows}]"}
 
 
 def test_weights_come_to_the_rows_and_never_the_rows_to_the_weights(monkeypatch):
-    rows = 136  # no other axis is as long
+    """Nor to their negatives: the loss is stage 1's, what learns is the later stages'."""
+    rows, own = 136, 17  # no other axis is as long
     monkeypatch.setattr("wemmu_jax.sharding.rules.SMALL", 0)  # so that small leaves are cut too
 
     def text() -> str:
-        run = small_run("frozen", rows)
+        run = small_run("frozen", rows, loss="contrastive")
         batch = run.batch(run.square, arity=1, text_length=32)
         # Unoptimised code compiles faster; the partitioner has done its work by then.
         options = {"xla_backend_optimization_level": 0}
         return run.accumulate(batch).compile(compiler_options=options).as_text()
 
-    assert {shape for shape in moved(text(), rows) if not shape.endswith(f"[{rows}]")} == set()
+    spread = text()
+    assert moved(spread, rows) == set()
+    assert "all-to-all" not in spread
+    handed_on = re.findall(r"= (\w+\[[\d,]+\])\S* collective-permute\(", spread)
+    assert collections.Counter(handed_on) == {f"u32[{own}]": 4, f"f32[{own},4,4,6]": 4}
     monkeypatch.setattr("wemmu_jax.training.step.placed", lambda *_: contextlib.nullcontext())
     assert moved(text(), rows), "the pins were not needed here, so this test shows nothing"
 

@@ -159,9 +159,13 @@ def test_partners_are_the_same(name):
     def contrasted(rows, number):
         return negatives(*rows, partners(stage().seed, number, ROWS))
 
+    def on_mesh(rows, number):
+        with rules.placed(mesh):
+            return contrasted(rows, number)
+
     for number in range(5):
         by = int(partners(stage().seed, number, ROWS))
-        spread = jax.jit(contrasted)(jax.device_put(places, rows_sharding(mesh)), number)
+        spread = jax.jit(on_mesh)(jax.device_put(places, rows_sharding(mesh)), number)
         np.testing.assert_array_equal(spread[0], np.roll(batch.target, -by, axis=0))
         alone = jax.jit(contrasted)(places, number)
         np.testing.assert_array_equal(spread[1], alone[1])

@@ -95,15 +95,17 @@ def test_rows_of_a_process_are_not_shared_with_another():
     ("rows", "near"), [(1, "[8]"), (12, "[8, 16]"), (20, "[16, 24]"), (73, "[72, 80]")]
 )
 def test_rows_that_the_mesh_does_not_divide(rows, near):
-    with pytest.raises(ValueError, match=f"of {rows} rows does not divide over 8 devices") as error:
-        check_rows(rows, make_mesh(fsdp=4))
-    assert str(error.value).endswith(f"the nearest that do: {near}")
+    with pytest.raises(ValueError) as error:
+        check_rows(rows, make_mesh(fsdp=4), key="batch.rows")
+    assert str(error.value) == (
+        f"batch.rows={rows} does not divide over 8 devices (mesh data 2 x fsdp 4); the nearest that do: {near}"
+    )
 
 
 def test_rows_that_it_divides():
     for rows in (8, 64, 2304):
-        check_rows(rows, make_mesh(fsdp=2))
-    check_rows(2, make_mesh(fsdp=2, sequence=2, tensor=2))
+        check_rows(rows, make_mesh(fsdp=2), key="batch.rows")
+    check_rows(2, make_mesh(fsdp=2, sequence=2, tensor=2), key="batch.rows")
 
 
 def test_heads_that_tensor_does_not_divide():

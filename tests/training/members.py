@@ -35,16 +35,21 @@ def environment(devices: int) -> dict[str, str]:
 
 
 def start(
-    words: Sequence[Sequence[str]], *, devices: int, variables: Mapping[str, str] | None = None
+    words: Sequence[Sequence[str]],
+    *,
+    devices: int,
+    variables: Mapping[str, str] | None = None,
+    unset: Sequence[str] = (),
 ) -> list[subprocess.Popen]:
     """A process of `wemmu` for each list of words, told of each other."""
     port = free_port()
+    env = environment(devices) | dict(variables or {})
     flags = [f"--coordinator=localhost:{port}", f"--processes={len(words)}"]
     return [
         subprocess.Popen(
             [sys.executable, "-m", "wemmu_jax", *own, *flags, f"--process={index}"],
             cwd=ROOT,
-            env=environment(devices) | dict(variables or {}),
+            env={name: value for name, value in env.items() if name not in unset},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -128,6 +129,30 @@ def test_latents_of_other_weights_are_refused(encoded, config, tmp_path):
         prepare(with_features(config, tmp_path))
     with pytest.raises(ValueError, match="choose another folder"):
         encode(config, tmp_path)
+
+
+def test_a_set_that_changed_is_refused(encoded, config, photos, tmp_path, monkeypatch):
+    """A picture in the place of another: as many parts as before, none of which has it."""
+    monkeypatch.setattr(features, "PART", 10)
+    shutil.copytree(photos[0]["folder"], tmp_path / "photos")
+    Image.new("RGB", (56, 40)).save(tmp_path / "photos/0.jpg")
+    other = config.copy_and_resolve_references()
+    other.data.sources = ({**photos[0], "folder": str(tmp_path / "photos")},)
+    before = sorted(encoded[0].rglob("*"))
+    with pytest.raises(ValueError, match=r"parts/\*\.npy were made from something else") as raised:
+        encode(other, encoded[0])
+    assert "choose another folder" in str(raised.value)
+    assert "sets: there ['photos: 36 records, " in str(raised.value)
+    assert "parts: there" not in str(raised.value) and sorted(encoded[0].rglob("*")) == before
+    larger = config.copy_and_resolve_references()
+    larger.data.resolution *= 2
+    with pytest.raises(ValueError, match="\n  pictures and sizes: there ") as raised:
+        encode(larger, encoded[0])
+    assert "sets: there" not in str(raised.value)
+    lines = (tmp_path / "photos/captions.jsonl").read_text().replace("a star", "a circle")
+    (tmp_path / "photos/captions.jsonl").write_text(lines)
+    shutil.copy(f"{photos[0]['folder']}/0.jpg", tmp_path / "photos/0.jpg")
+    assert encode(other, encoded[0])[1], "other words, the same pictures"
 
 
 def test_what_is_drawn_has_none(config_of, tmp_path):

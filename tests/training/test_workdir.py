@@ -1,5 +1,6 @@
 """What a run refuses to start in, and to start from; nothing is changed by a run that was refused."""
 
+import errno
 import json
 import pathlib
 import shutil
@@ -143,6 +144,16 @@ def test_a_checkpoint_that_is_damaged(copy_of_stage1, config_of):
     refused(config_of("stage1", **EMA), copy_of_stage1, ValueError, "checkpoint .*/6 is ")
 
 
+def test_storage_that_fails_for_the_moment_damages_no_checkpoint(copy_of_stage1, monkeypatch):
+    def away(*_, **__):
+        raise OSError(errno.EIO, "Input/output error")
+
+    checkpoints = Checkpoints(copy_of_stage1)
+    monkeypatch.setattr(checkpoints._checkpointer, "load_checkpointables", away)
+    with pytest.raises(OSError, match="Input/output error"):
+        checkpoints.params(6)
+
+
 def test_a_checkpoint_that_was_never_finished_is_passed_over(copy_of_stage1):
     """As a kill leaves it: under Orbax's temporary name."""
     newest = copy_of_stage1 / "checkpoints/6"
@@ -205,7 +216,11 @@ def test_sizes_that_the_devices_do_not_divide(config_of, monkeypatch):
     from wemmu_jax.training import run
 
     monkeypatch.setattr(run, "make_mesh", make_mesh)
-    with pytest.raises(ValueError, match=r"12 rows does not divide over 8 devices.*\[8, 16\]"):
+    with pytest.raises(
+        ValueError, match=r"batch.rows=12 does not divide over 8 devices.*\[8, 16\]"
+    ):
         prepare(config_of("stage1", **{"batch.rows": 12}))
-    with pytest.raises(ValueError, match=r"4 rows does not divide over 8 devices.*\[8\]"):
+    with pytest.raises(
+        ValueError, match=r"validation_rows=4 does not divide over 8 devices.*\[8\]"
+    ):
         prepare(config_of("stage1", validation_rows=4))

@@ -7,7 +7,7 @@ import argparse
 import os
 import pathlib
 import sys
-from typing import Any
+from collections.abc import Callable
 
 from wemmu_jax.cli.arguments import whole
 
@@ -76,38 +76,53 @@ def run(args: argparse.Namespace) -> None:
 def _index(args: argparse.Namespace) -> None:
     from wemmu_jax.data.indexing import Renewal
 
-    for name, source in _sources(args, processes=args.processes, renewal=Renewal.CHANGED):
-        index = source.index
-        print(f"{name}: {len(index):,} records, {index.problem_count:,} left out; {index.folder}")
+    def show(one, source) -> None:
+        if _is_stored(one, source):
+            index = source.index
+            left_out = f"{index.problem_count:,} left out"
+            print(f"{one.name}: {len(index):,} records, {left_out}; {index.folder}")
+
+    _for_each(_data_sets(args), show, processes=args.processes, renewal=Renewal.CHANGED)
 
 
 def _check(args: argparse.Namespace) -> None:
     from wemmu_jax.data.buckets import make_buckets
-    from wemmu_jax.data.checking import check, duplicate_keys
+    from wemmu_jax.data.checking import check, check_task, duplicate_keys
     from wemmu_jax.data.indexing import Renewal
 
     buckets = make_buckets(args.resolution, multiple=32)
-    bad = []
-    for name, source in _sources(args, processes=args.processes, renewal=Renewal.LEFT_OUT):
-        with _bar(f"{name}: decoding") as progress:
-            report = check(source, buckets, processes=args.processes, progress=progress)
-        twice = duplicate_keys(source)
-        print(f"\n{name}", *report.lines(), sep="\n")
-        for problem in report.problems[:20]:
-            print(f"  {problem.key}: {problem.reason}")
-        if twice:
-            print(f"  {len(twice)} keys are there twice: {', '.join(twice[:5])}")
-        if report.problems or twice:
-            bad.append(f"{name}: {len(report.problems)} unreadable, {len(twice)} keys twice")
-    if bad:
-        raise ValueError("; ".join(bad))
+    sets, tasks = _data_sets(args), _trained(args)
+
+    def work(one, source) -> None:
+        wrong = []
+        for feed in one.feeds(source):
+            try:
+                if feed.task in tasks:
+                    check_task(feed)
+            except ValueError as error:
+                wrong.append(str(error))
+        if _is_stored(one, source):
+            with _bar(f"{one.name}: decoding") as progress:
+                report = check(source, buckets, processes=args.processes, progress=progress)
+            twice = duplicate_keys(source)
+            print(f"\n{one.name}", *report.lines(), sep="\n")
+            for problem in report.problems[:20]:
+                print(f"  {problem.key}: {problem.reason}")
+            if twice:
+                print(f"  {len(twice)} keys are there twice: {', '.join(twice[:5])}")
+            if report.problems or twice:
+                wrong.append(f"{len(report.problems)} unreadable, {len(twice)} keys twice")
+        if wrong:
+            raise ValueError("; ".join(wrong))
+
+    _for_each(sets, work, processes=args.processes, renewal=Renewal.LEFT_OUT)
 
 
 def _show(args: argparse.Namespace) -> None:
     from wemmu_jax.data.buckets import make_buckets
     from wemmu_jax.data.pipeline import MicroBatches
     from wemmu_jax.data.sheet import write_sheet
-    from wemmu_jax.data.sources import build_feeds
+    from wemmu_jax.data.sources import build_source
     from wemmu_jax.data.tasks import Task
 
     if _is_config(args):
@@ -128,18 +143,24 @@ def _show(args: argparse.Namespace) -> None:
 
         shown = write_sheet(args.out, data, count=args.count, source_size=source_size)
     else:
-        feeds = build_feeds(_entries(args))
+        feeds = [feed for one in _data_sets(args) for feed in one.feeds(build_source(one.spec))]
         data = MicroBatches(
             feeds=feeds,
             mixture={task: 1.0 for task in Task if any(feed.task is task for feed in feeds)},
             buckets=make_buckets(args.resolution, multiple=32),
             rows=1,
             seed=0,
-            encode_row=lambda example, bucket, length: {},
+            encode_row=_pixels,
             text_length=_token_counter(args.init),
         )
         shown = write_sheet(args.out, data, count=args.count)
     print(f"{args.out}: {shown} samples")
+
+
+def _pixels(example, bucket, length) -> dict:
+    """Finds out whether the pictures of an example can be read."""
+    pictures = [*example.sources, *([] if example.target is None else [example.target])]
+    return {str(n): one.load(bucket.height, bucket.width) for n, one in enumerate(pictures)}
 
 
 def _token_counter(init: str | None):
@@ -177,7 +198,7 @@ def _caption(args: argparse.Namespace) -> None:
     from wemmu_jax.data.prompts import DESCRIPTION_PROMPT
     from wemmu_jax.inference.captioning import Captioner, caption_records
 
-    sources = list(_sources(args, processes=0))
+    sets = _data_sets(args)
     captioner = Captioner(
         args.init,
         dtype=args.dtype,
@@ -186,36 +207,46 @@ def _caption(args: argparse.Namespace) -> None:
         batch=args.batch,
         max_new_tokens=args.max_new_tokens,
     )
-    for name, source in sources:
-        with _bar(f"{name}: captioning") as progress:
+
+    def work(one, source) -> None:
+        if not _is_stored(one, source):
+            return
+        folder = args.out / one.name
+        with _bar(f"{one.name}: captioning") as progress:
             bad = caption_records(
                 source,
                 captioner,
-                args.out / name,
+                folder,
                 shard=args.shard[0],
                 shards=args.shard[1],
                 threads=args.threads,
                 progress=progress,
             )
-        print(f"{args.out / name}: {bad} without a caption")
+        print(f"{folder}: {bad} without a caption")
+
+    _for_each(sets, work, processes=0)
 
 
 def _pack(args: argparse.Namespace) -> None:
     from wemmu_jax.data.packing import pack
 
-    for name, source in _sources(args, processes=args.processes):
-        with _bar(f"{name}: packing") as progress:
+    def work(one, source) -> None:
+        if not _is_stored(one, source):
+            return
+        with _bar(f"{one.name}: packing") as progress:
             problems = pack(
                 source,
                 args.out,
-                name=name,
+                name=one.name,
                 shard_size=args.shard_size,
                 processes=args.processes,
                 progress=progress,
             )
-        print(f"{args.out}/{name}-*.arrayrecord: {len(problems)} records left out")
+        print(f"{args.out}/{one.name}-*.arrayrecord: {len(problems)} records left out")
         for problem in problems[:20]:
             print(f"  {problem.key}: {problem.reason}")
+
+    _for_each(_data_sets(args), work, processes=args.processes)
 
 
 def _is_config(args: argparse.Namespace) -> bool:
@@ -230,37 +261,79 @@ def _config(args: argparse.Namespace):
     return load_config(args.spec, args.overrides)
 
 
-def _entries(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The entries that SPEC and --set name."""
-    from wemmu_jax.data.sources import read_entries
+def _data_sets(args: argparse.Namespace) -> list:
+    """The sets that SPEC and --set name; their entries make sense, their files have not been looked at."""
+    from wemmu_jax.data.sources import data_sets
 
-    if _is_config(args):
-        data = _config(args).data
-        specs = [s if isinstance(s, str) else dict(s) for s in (*data.sources, *data.held_out)]
-    else:
-        specs = [args.spec]
-    entries = read_entries(specs)
-    found = [str(entry.get("name", number)) for number, entry in enumerate(entries)]
+    sets = [one for group in _groups(args) for one in data_sets(group)]
+    found = {one.name: None for one in sets}
     if unknown := set(args.names) - set(found):
         raise ValueError(f"--set {', '.join(unknown)}: {args.spec} has {', '.join(found)}")
+    return [one for one in sets if not args.names or one.name in args.names]
+
+
+def _groups(args: argparse.Namespace) -> list[list]:
+    """Entries that are read together: those of a YAML file, or what a config trains on and what it holds out."""
+    if not _is_config(args):
+        return [[args.spec]]
+    data = _config(args).data
     return [
-        e for e, name in zip(entries, found, strict=True) if not args.names or name in args.names
+        [entry if isinstance(entry, str) else dict(entry) for entry in group]
+        for group in (data.sources, data.held_out)
     ]
 
 
-def _sources(args: argparse.Namespace, **options):
-    """(name, source) of each set that is on disk. `options`: of `build_source`."""
-    from wemmu_jax.data.sources import IndexedSource, build_source
+def _trained(args: argparse.Namespace) -> set:
+    """The tasks that SPEC's sets must serve: those of a config's mixture, all that a YAML file names.
 
-    for number, entry in enumerate(_entries(args)):
-        name = str(entry.get("name", number))
-        spec = {k: v for k, v in entry.items() if k not in ("name", "tasks", "weight")}
-        with _bar(f"{name}: indexing") as progress:
-            source = build_source(spec, progress=progress, **options)
-        if isinstance(source, IndexedSource):
-            yield name, source
-        else:
-            print(f"{name}: drawn, nothing on disk")
+    Raises ValueError: the config makes no sense, or one of its tasks has no set.
+    """
+    from wemmu_jax.data.sources import data_sets
+    from wemmu_jax.data.tasks import Task
+
+    if not _is_config(args):
+        return set(Task)
+    from wemmu_jax.training.curriculum import Stage
+
+    config = _config(args)
+    Stage.from_config(config)
+    tasks = {Task(name) for name, weight in config.data.mixture.items() if weight}
+    sources, held_out = (data_sets(group) for group in _groups(args))
+    for name, sets in (("sources", sources), ("held_out", held_out or sources)):
+        if hungry := tasks.difference(*(one.tasks for one in sets)):
+            names = ", ".join(sorted(task.value for task in hungry))
+            raise ValueError(f"data.{name}: no data set feeds {names}, which the mixture asks for")
+    return tasks
+
+
+def _for_each(sets: list, work: Callable, **options) -> None:
+    """`work(set, its source)` for each set; what is wrong with one keeps no other from its turn. `options`: of
+    `build_source`.
+
+    Raises ValueError: names every set that failed, and why.
+    """
+    from wemmu_jax.data.sources import build_source
+
+    failed = []
+    for one in sets:
+        try:
+            with _bar(f"{one.name}: indexing") as progress:
+                source = build_source(one.spec, progress=progress, **options)
+            work(one, source)
+        except (ValueError, OSError) as error:
+            failed.append(f"{one.name}: {error}")
+    if failed:
+        raise ValueError("\n".join(failed))
+
+
+def _is_stored(one, source) -> bool:
+    """Whether a set is on disk; says so where it is not."""
+    from wemmu_jax.data.sources import IndexedSource
+
+    if stored := isinstance(source, IndexedSource):
+        return stored
+    print(f"{one.name}: drawn, nothing on disk")
+    return False
 
 
 class _bar:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import wemmu_jax
 from wemmu_jax.cli.overrides import take_overrides
+from wemmu_jax.errors import USER_ERRORS, passes
 
 COMMANDS = {
     "convert": "Hugging Face folders -> our checkpoint",
@@ -30,7 +31,6 @@ COMMANDS = {
     "demo": "the whole life of a model on the tiny preset",
 }
 
-USER_ERRORS = (ValueError, OSError, FloatingPointError, ModuleNotFoundError)
 FAILED, TRY_AGAIN, INTERRUPTED = 2, 75, 130
 
 
@@ -42,8 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
       The exit code: 0, 2 after an error that the user can mend (a message on stderr, with a traceback only under
-      `--debug` or WEMMU_DEBUG=1), 75 (sysexits' EX_TEMPFAIL) if SIGTERM stopped it and the same command goes on
-      from there, 130 after Ctrl-C.
+      `--debug` or WEMMU_DEBUG=1), 75 (sysexits' EX_TEMPFAIL) if the same command is to be run again: SIGTERM
+      stopped it, a process never came, or storage or network failed for the moment (`errors.passes`), 130 after
+      Ctrl-C.
 
     Raises:
       SystemExit: from argparse, for `--help` and for words that no command takes.
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.debug or os.environ.get("WEMMU_DEBUG", "0") not in ("", "0"):
             raise
         print(f"wemmu {command}: {error}", file=sys.stderr)
-        return FAILED
+        return TRY_AGAIN if passes(error) else FAILED
     except KeyboardInterrupt:
         print(f"wemmu {command}: interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -18,6 +18,8 @@ STUDIES = (
     "losses",
 )
 
+_SECTIONS = ("backbones", "stages", "scores")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what `run` reads."""
@@ -50,8 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     text = "writes what ablations found into the marked sections of a page"
     report = actions.add_parser("report", help=text, description=text, allow_abbrev=False)
-    report.add_argument("section", choices=(*STUDIES, "all", "scores", "backbones"))
-    text = "of ablate; for scores with stage3/ and stage4/ of `wemmu evaluate`; for backbones with the card"
+    report.add_argument("section", choices=(*STUDIES, "all", *_SECTIONS))
+    text = (
+        "of ablate; for backbones with the card; for stages with the workdirs stage1/ to stage4/; "
+        "for scores with stage3/ and stage4/ of `wemmu evaluate`"
+    )
     report.add_argument("--out", required=True, type=pathlib.Path, metavar="DIR", help=text)
     report.add_argument("--budget", choices=("smoke", "full"), default="smoke")
     report.add_argument("--page", type=pathlib.Path, default=pathlib.Path("docs/miniworld.md"))
@@ -85,15 +90,18 @@ def _ablate(args: argparse.Namespace) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
+    from wemmu_jax.ablations import summary
     from wemmu_jax.ablations.report import Results, report, write
-    from wemmu_jax.ablations.summary import backbones_section, scores_section
 
+    pictures = args.page.with_suffix("")
     if args.section == "scores":
-        write(args.page, "scores", scores_section(args.out))
+        write(args.page, "scores", summary.scores_section(args.out))
     elif args.section == "backbones":
-        write(args.page, "backbones", backbones_section(args.out / "README.md"))
+        write(args.page, "backbones", summary.backbones_section(args.out, pictures))
+    elif args.section == "stages":
+        write(args.page, "stages", summary.stages_section(args.out, pictures))
     else:
-        results = Results(args.out, args.budget, args.page.with_suffix(""))
+        results = Results(args.out, args.budget, pictures)
         for name in STUDIES if args.section == "all" else (args.section,):
             write(args.page, name, report(name, results))
     print(args.page)

@@ -3,6 +3,7 @@
 import argparse
 import os
 import pathlib
+from collections.abc import Mapping
 
 from wemmu_jax.cli.arguments import whole
 
@@ -59,43 +60,66 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints a table for each stage. An error after it says so where a stage does not fit."""
+    """Prints a table for each stage. An error after all of them says which could not be planned or do not fit."""
     os.environ["JAX_PLATFORMS"] = (
         "cpu"  # or this process would take a TPU that it only compiles for
     )
 
     from wemmu_jax.files import write_json
-    from wemmu_jax.planning.memory import what_fits
-    from wemmu_jax.planning.plan import DoesNotFit, plan_stage
-    from wemmu_jax.planning.programs import Library, Setting
-    from wemmu_jax.planning.search import search
+    from wemmu_jax.planning.programs import Library
     from wemmu_jax.planning.table import table, totals
 
     library = Library(pathlib.Path(args.cache).expanduser())
-    plans, misfits = [], []
+    plans, failed = [], {}
     for spec in args.config:
-        setting = Setting.of(
-            spec,
-            args.overrides,
-            topology=args.topology,
-            slices=args.slices,
-            init=args.init,
-            text_length=args.text_length,
-        )
-        if args.search:
-            setting, plan = search(setting, library, processes=args.processes)
+        try:
+            plan, misfit = _planned(spec, args, library)
+        except (ValueError, OSError) as error:
+            failed[spec] = str(error)
         else:
-            plan = plan_stage(
-                setting, library, all_shapes=args.all_shapes, processes=args.processes
-            )
-        print(f"\n{table(plan)}\n", flush=True)
-        plans.append(plan)
-        if plan.spare < 0:
-            hint = what_fits(setting, plan.memory["temporaries"], plan.chip.memory)
-            misfits.append(f"{plan.stage} does not fit {plan.topology}: {hint}")
-    if len(plans) > 1:
+            print(f"\n{table(plan)}\n", flush=True)
+            plans.append(plan)
+            if misfit:
+                failed[spec] = misfit
+        # After each, because a plan may take an hour.
+        if args.json:
+            found = {"stages": [plan.to_json() for plan in plans], "failed": failed}
+            write_json(pathlib.Path(args.json), found)
+    if len(plans) > 1 and len(plans) == len(args.config):
         print(totals(plans))
-    if args.json:
-        write_json(pathlib.Path(args.json), {"stages": [plan.to_json() for plan in plans]})
-    if misfits:
-        raise DoesNotFit("; ".join(misfits))
+    if failed:
+        raise ValueError(_listed(failed, several=len(args.config) > 1))
+
+
+def _planned(spec: str, args: argparse.Namespace, library):
+    """The plan of a stage; and what would work, if it does not fit."""
+    from wemmu_jax.planning.memory import what_fits
+    from wemmu_jax.planning.plan import plan_stage
+    from wemmu_jax.planning.programs import Setting
+    from wemmu_jax.planning.search import search
+
+    setting = Setting.of(
+        spec,
+        args.overrides,
+        topology=args.topology,
+        slices=args.slices,
+        init=args.init,
+        text_length=args.text_length,
+    )
+    if args.search:
+        setting, plan = search(setting, library, processes=args.processes)
+    else:
+        plan = plan_stage(setting, library, all_shapes=args.all_shapes, processes=args.processes)
+    if plan.spare >= 0:
+        return plan, ""
+    hint = what_fits(setting, plan.memory["temporaries"], plan.chip.memory)
+    return plan, f"{plan.stage} does not fit {plan.topology}: {hint}"
+
+
+def _listed(failed: Mapping[str, str], *, several: bool) -> str:
+    """The errors of stages; one that several have, once."""
+    of: dict[str, list[str]] = {}
+    for spec, error in failed.items():
+        of.setdefault(error, []).append(spec)
+    lines = [f"{', '.join(specs)}: {error}" if several else error for error, specs in of.items()]
+    return "\n  ".join(lines)

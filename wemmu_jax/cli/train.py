@@ -47,20 +47,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             metavar=metavar,
             help=f"{text} (default: ${variable})",
         )
+    several.add_argument(
+        "--join-timeout",
+        type=whole(1),
+        default=os.environ.get("WEMMU_JOIN_TIMEOUT", "300"),
+        metavar="SECONDS",
+        help="that all may take to come; then exit code 75 (default: $WEMMU_JOIN_TIMEOUT, or 300)",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     """Trains to the stage's last step."""
     from wemmu_jax.sharding.processes import join
 
-    join(args.coordinator, args.processes, args.process)
+    join(args.coordinator, args.processes, args.process, timeout=args.join_timeout)
     from wemmu_jax.training.curriculum import load_config
     from wemmu_jax.training.loop import train
 
     config = load_config(args.config, args.overrides)
     init = args.init or config.init or _known_init(pathlib.Path(args.workdir))
     config.init = str(pathlib.Path(init).absolute()) if init else ""
+    _keep_programs(pathlib.Path(args.workdir).absolute().parent / "compilation_cache")
     train(config, args.workdir, profile=args.profile)
+
+
+def _keep_programs(folder: pathlib.Path) -> None:
+    """What is compiled is kept in `folder` unless the environment names another, and short programs too: a stage has
+    hundreds. Beside the workdir, where all processes see what the first one, which alone writes, has put there."""
+    import jax
+
+    for name, value in (
+        ("jax_compilation_cache_dir", str(folder)),
+        ("jax_persistent_cache_min_compile_time_secs", 0.0),
+        ("jax_persistent_cache_min_entry_size_bytes", -1),
+    ):
+        if name.upper() not in os.environ:
+            jax.config.update(name, value)
 
 
 def _known_init(workdir: pathlib.Path) -> str:

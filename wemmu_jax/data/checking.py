@@ -10,11 +10,15 @@ from wemmu_jax.data.buckets import Bucket, nearest_indices
 from wemmu_jax.data.index import Problem
 from wemmu_jax.data.indexing import Progress, each
 from wemmu_jax.data.pictures import open_picture
+from wemmu_jax.data.pools import Feed
+from wemmu_jax.data.records import conversations, source_counts
 from wemmu_jax.data.sources import IndexedSource
+from wemmu_jax.data.tasks import Task, arities, make_example
 
 CHUNK = 256  # records that a process checks at a time
 # What other formats put where a picture goes; the prompt has places of its own, so these would be read as words.
 PLACEHOLDERS = ("<image>", "<gen_image>", "<|image_pad|>", "<|vision_start|>", "<img>")
+TRIED = 100  # records, before none is thought to serve a task
 LONG = 2000  # characters; about what 512 tokens hold
 
 _DIGITS = str.maketrans("0123456789", "##########")
@@ -30,7 +34,7 @@ class Report:
       conversations, turns: how many of the records are conversations, and the turns of all of them.
       heights, widths: smallest, median and largest of the targets, and of conversations' first pictures; pixels.
       buckets: of the resolution asked for -> records that are nearest to it.
-      same_pictures: targets whose bytes another record's target has too.
+      same_pictures: targets whose bytes another record's target has too, by their checksum and size.
       placeholders, long: texts with another format's placeholder, and texts of more than LONG characters.
       problems: what cannot be read.
     """
@@ -137,6 +141,24 @@ def _check_part(
         except (ValueError, OSError) as error:
             problems.append(Problem(key, str(error)))
     return problems, counts
+
+
+def check_task(feed: Feed) -> None:
+    """Sees that a data set has records for a task that it is given to.
+
+    Raises:
+      ValueError: none can serve it; says why.
+    """
+    own = conversations(feed.source) == (feed.task is Task.VQA)
+    serving = np.flatnonzero(own & (arities(feed.task, source_counts(feed.source)) >= 0))
+    error = f"none of its {len(feed.source):,} records can serve task {feed.task.value}"
+    for number in serving[:TRIED].tolist():
+        try:
+            make_example(feed.task, feed.source[number])
+            return
+        except ValueError as reason:
+            error = f"task {feed.task.value} can use none of its records that were tried: {reason}"
+    raise ValueError(error)
 
 
 def _spread(values: np.ndarray) -> tuple[int, int, int]:

@@ -5,13 +5,12 @@ workers map into memory. A key is the picture's checksum in the index, its bytes
 it; so the same latents serve every data set, task and stage of a resolution, and a picture that changed finds none
 once its index is renewed.
 
-    meta.json            which DC-AE, how many parts
+    meta.json            which DC-AE, of which pictures, how many parts
     parts/00000.npy      PART[n], sorted by key
     parts/00000.bin      float16 values, latents one after the other
     keys.npy, places.npy made of the parts when all are there
 """
 
-import json
 import pathlib
 import zlib
 from collections.abc import Sequence
@@ -19,8 +18,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from wemmu_jax.data import storage
+from wemmu_jax.data.manifest import go_on
 from wemmu_jax.data.records import Picture
-from wemmu_jax.files import read_object, replacing, write_json
+from wemmu_jax.files import read_object, replacing
 
 DTYPE = np.dtype(np.float16)  # the latents' own spread is 1: rounded by 2**-11 of it
 PART = np.dtype([("key", "<u8"), ("at", "<u8"), ("size", "<u4")])
@@ -101,14 +101,8 @@ def start_features(folder: pathlib.Path, meta: dict) -> None:
     Raises:
       ValueError: the folder holds other latents.
     """
-    (folder / "parts").mkdir(parents=True, exist_ok=True)
-    file = folder / "meta.json"
-    if not file.exists():
-        write_json(file, meta)
-    elif (found := read_object(file)) != json.loads(json.dumps(meta)):
-        raise ValueError(
-            f"{folder}: holds latents of {found}, expected {meta}: choose another folder"
-        )
+    go_on(folder / "meta.json", meta, made="parts/*.npy")
+    (folder / "parts").mkdir(exist_ok=True)
 
 
 def part_is_there(folder: pathlib.Path, part: int) -> bool:

@@ -20,6 +20,8 @@ that are done are kept, so that a build that was stopped goes on.
 """
 
 import dataclasses
+import functools
+import hashlib
 import json
 import mmap
 import pathlib
@@ -33,7 +35,7 @@ from wemmu_jax.data.records import Turn
 from wemmu_jax.files import read_object, write_json
 
 VERSION = 3
-MOST_SOURCES = 4  # of a record: the curriculum composes one to four pictures
+MOST_SOURCES = 4  # of a record
 
 RECORD = np.dtype(
     [("text_at", "<u8"), ("pictures_at", "<u8"), ("text_size", "<u4"), ("key_size", "<u2")]
@@ -41,6 +43,7 @@ RECORD = np.dtype(
 PICTURE = np.dtype(
     [("at", "<u8"), ("file", "<u4"), ("size", "<u4"), ("crc", "<u4"), ("height", "<u4"), ("width", "<u4")]
 )  # fmt: skip
+_AT_ONCE = 1 << 20  # rows that are hashed together, so that millions take little memory
 _COLUMNS = (
     "sizes", "source_counts", "conversations", "records", "pictures", "names", "stamps", "units",
 )  # fmt: skip
@@ -199,8 +202,33 @@ class Index:
         )
 
     def checksums(self) -> np.ndarray:
-        """uint32[n], the CRC-32 of each target."""
-        return self._pictures["crc"][self._records["pictures_at"][~self.conversations]]
+        """uint64[n], the CRC-32 and the size of each target's bytes; of twelve million pictures, seventeen thousand
+        share their CRC-32 with another by chance."""
+        targets = self._pictures[self._records["pictures_at"][~self.conversations]]
+        return targets["crc"].astype(np.uint64) << np.uint64(32) | targets["size"]
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """Equal for the same keys, texts and pictures in the same order, wherever they lie and whenever they were
+        indexed. Reads all texts once."""
+        sizes = [self._records[name] for name in ("text_size", "key_size")]
+        return self._hash(self.picture_identity.encode(), *sizes, self._texts)
+
+    @functools.cached_property
+    def picture_identity(self) -> str:
+        """The same of the pictures alone, whatever is said of them."""
+        columns = [self._pictures[name] for name in ("crc", "size")]
+        return self._hash(self.source_counts, self.conversations, *columns)
+
+    def _hash(self, *columns: np.ndarray | mmap.mmap | bytes) -> str:
+        found = hashlib.blake2b(digest_size=16)
+        for column in columns:
+            if not isinstance(column, np.ndarray):
+                found.update(column)
+                continue
+            for start in range(0, len(column), _AT_ONCE):
+                found.update(column[start : start + _AT_ONCE].tobytes())
+        return f"{len(self):,} records, {found.hexdigest()}"
 
     def problems(self) -> list[Problem]:
         """What could not be a record."""

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from wemmu_jax.data import storage
-from wemmu_jax.data.captions import load_captions
+from wemmu_jax.data.captions import Captions, write_captions
 from wemmu_jax.data.index import (
     VERSION,
     Earlier,
@@ -131,9 +131,10 @@ def _build(
     progress: Progress,
 ) -> None:
     units = list(format.units())
+    sidecars = _sidecars(captions, building)
     parts = [building / f"{number:06}" for number in range(len(units))]
     jobs = [
-        (format, captions, unit, part)
+        (format, sidecars, unit, part)
         for unit, part in zip(units, parts, strict=True)
         if not part.exists()
     ]
@@ -174,11 +175,12 @@ def _renew(
     # Nobody goes on with a renewal that was stopped: what it saw may have changed again.
     building = folder.with_name(f"{folder.name}.building-{uuid.uuid4()}")
     parts = [building / f"{number:06}" for number in range(len(units))]
-    jobs = [
-        (format, captions, index, unit, records, problems, part, trusted)
-        for unit, (records, problems), part in zip(units, before, parts, strict=True)
-    ]
     try:
+        sidecars = _sidecars(captions, building)
+        jobs = [
+            (format, sidecars, index, unit, records, problems, part, trusted)
+            for unit, (records, problems), part in zip(units, before, parts, strict=True)
+        ]
         for done, _ in enumerate(each(_renew_part, jobs, processes), 1):
             progress(done, len(jobs))
         merged = building / "merged"
@@ -207,20 +209,32 @@ def each(function: Callable, jobs: Sequence[tuple], processes: int) -> Iterator[
             raise
 
 
+def _sidecars(captions: str | list | tuple, building: pathlib.Path) -> pathlib.Path | None:
+    """What `Captions` maps, made if it is not there yet; None without sidecars."""
+    if not captions:
+        return None
+    folder = building / "captions"
+    if not folder.exists():
+        write_captions(storage.expand(captions), folder)
+    return folder
+
+
 def _build_part(
     format: Format,
-    captions: str | list | tuple,
+    sidecars: pathlib.Path | None,
     unit: Any,
     part: pathlib.Path,
     earlier: Earlier = Earlier(),  # noqa: B008 frozen
 ) -> None:
     entries = format.scan(unit)
-    write_part(format, _recaptioned(entries, captions) if captions else entries, part, earlier)
+    if sidecars:
+        entries = _recaptioned(entries, Captions(sidecars))
+    write_part(format, entries, part, earlier)
 
 
 def _renew_part(
     format: Format,
-    captions: str | list | tuple,
+    sidecars: pathlib.Path | None,
     index: Index,
     unit: Any,
     records: range,
@@ -230,15 +244,14 @@ def _renew_part(
 ) -> None:
     earlier = index.earlier(records, trusted=trusted)
     if format.loose or any(one.again for one in problems):
-        _build_part(format, captions, unit, part, earlier)
+        _build_part(format, sidecars, unit, part, earlier)
     else:
         write_part(format, itertools.chain(map(index.entry, records), problems), part, earlier)
 
 
 def _recaptioned(
-    entries: Iterator[Entry | Problem], paths: str | list | tuple
+    entries: Iterator[Entry | Problem], captions: Captions
 ) -> Iterator[Entry | Problem]:
-    captions = load_captions(tuple(storage.expand(paths)))
     for entry in entries:
         if isinstance(entry, Entry) and not entry.turns:
             text = captions.get(entry.key)

@@ -15,8 +15,12 @@ from wemmu_jax.data.rows import Bad
 LEAST_ROWS = 1000
 
 
+class TooManyReplaced(ValueError):
+    """More rows had to be replaced than the config allows."""
+
+
 class Ledger:
-    """Of one process, for the rows that it made."""
+    """Of one process, for the rows that it made; how many were replaced is counted over all processes."""
 
     def __init__(self, file: pathlib.Path, *, share: float):
         """Goes on with what an earlier run wrote. `share`: the part of the rows that may have been replaced."""
@@ -45,26 +49,29 @@ class Ledger:
         return len(found)
 
     def note(self, micro_batch: MicroBatch) -> int:
-        """Writes what a micro-batch could not use; returns how many records that is.
-
-        Raises:
-          ValueError: more than the share of the rows so far had to be replaced.
-        """
-        self._rows += len(micro_batch.keys)
-        self._replaced += len(micro_batch.bad)
+        """Writes what a micro-batch could not use; returns how many records that is."""
         self._write(micro_batch.bad)
         for one in micro_batch.bad:
             self._reasons[one.data_set, one.reason.partition("\n")[0]] += 1
+        return len(micro_batch.bad)
+
+    def count(self, rows: int, replaced: int) -> None:
+        """Counts rows of all processes, which must all call it alike, or one would stop while the others wait for it.
+
+        Raises:
+          TooManyReplaced: more than the share of the rows so far had to be replaced.
+        """
+        self._rows += rows
+        self._replaced += replaced
         if self._replaced > self._share * max(self._rows, LEAST_ROWS):
             worst = "".join(
                 f"\n  {count} x {name}: {reason}"
                 for (name, reason), count in self._reasons.most_common(10)
             )
-            raise ValueError(
+            raise TooManyReplaced(
                 f"{self._replaced} of {self._rows} rows had to be replaced, more than the share {self._share} that "
-                f"data.bad_share allows; all are in {self._file}:{worst}"
+                f"data.bad_share allows; all are in {self._file.parent}, this process met:{worst or ' none'}"
             )
-        return len(micro_batch.bad)
 
     def _write(self, found: Iterable[Bad]) -> None:
         new = {(one.data_set, one.key): one for one in found}

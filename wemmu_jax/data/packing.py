@@ -5,6 +5,7 @@ import pathlib
 from wemmu_jax.data.formats import array_record
 from wemmu_jax.data.index import Problem
 from wemmu_jax.data.indexing import Progress, each
+from wemmu_jax.data.manifest import go_on
 from wemmu_jax.data.sources import IndexedSource
 from wemmu_jax.files import replacing
 
@@ -19,11 +20,16 @@ def pack(
     progress: Progress,
 ) -> list[Problem]:
     """Writes `NAME-00000-of-00012.arrayrecord`; files that are there stay, so that a packing that was stopped goes on.
+    `NAME.json` says what they were made from.
 
     Returns:
       The records that could not be read, which are left out.
+
+    Raises:
+      ValueError: the folder holds a packing of other records or another shard size.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    made_from = {"records": source.index.identity, "shard_size": shard_size}
+    go_on(folder / f"{name}.json", made_from, made=f"{name}-*.arrayrecord")
     starts = list(range(0, len(source), shard_size))
     jobs, problems = [], []
     for shard, start in enumerate(starts):

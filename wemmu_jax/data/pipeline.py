@@ -127,9 +127,7 @@ class MicroBatches:
     def _micro_batch(self, number: int, hands: "_Here | _Workers") -> MicroBatch:
         plan = self.plan(number)
         bucket = self.buckets[plan.bucket]
-        # Every process looks at all texts, so that all pad to the same length without asking each other.
-        measured = hands.measure([self.candidates(plan, row) for row in range(self.rows)])
-        length = self._padded(max(row.tokens for row in measured))
+        measured, length = self._measured(plan, hands)
         local = self.rows // self.process_count
         first = self.process_index * local
         measured = measured[first : first + local]
@@ -151,6 +149,23 @@ class MicroBatches:
             ),
         )
 
+    def _measured(self, plan: MicroBatchPlan, hands: "_Here | _Workers") -> tuple[list, int]:
+        """All rows, and what their texts are padded to. Every process looks at all of them, so that all pad to the same
+        length without asking each other."""
+        measured = hands.measure([self.candidates(plan, row) for row in range(self.rows)])
+        return measured, self._padded(max(row.tokens for row in measured))
+
+    def sample(self, number: int, rows: Sequence[int]) -> list[tuple[Example, Row]]:
+        """Some of a micro-batch's rows over all processes, each with the example that it is made of in the end."""
+        plan, hands = self.plan(number), _Here(self.maker)
+        measured, length = self._measured(plan, hands)
+        found = []
+        for text in (measured[row] for row in rows):
+            made = self.maker.make(text.candidates, self.buckets[plan.bucket], length)
+            example = self.maker.example(text.candidates.feed, made.record)
+            found.append((example, dataclasses.replace(made, bad=text.bad + made.bad)))
+        return found
+
     def fixed_batches(self, task: Task, count: int) -> tuple[MicroBatch, ...]:
         """The first `count` micro-batches of `task` alone: the same ones at every call, for validation."""
         alone = self._alone(task)
@@ -166,6 +181,12 @@ class MicroBatches:
 
     def _alone(self, task: Task) -> "MicroBatches":
         return dataclasses.replace(self, mixture={task: 1.0})
+
+    @property
+    def shares(self) -> dict[tuple[int, Bucket], float]:
+        """(arity, bucket) -> its share of all micro-batches; buckets with too few records are not there."""
+        found = self._schedule.shares.items()
+        return {(arity, self.buckets[index]): float(share) for (arity, index), share in found}
 
     def plan(self, number: int) -> MicroBatchPlan:
         """Which rows micro-batch `number` is made of."""

@@ -103,8 +103,8 @@ def gather_pools(
 ) -> tuple[Pool, ...]:
     """The pools of those feeds that serve `tasks`.
 
-    Buckets in which a task has fewer records than a micro-batch has rows, or a feed has none, merge into their
-    neighbours, for each arity by itself.
+    Buckets in which a task has fewer records than a micro-batch has rows merge into their neighbours, for each arity by
+    itself.
 
     Raises:
       ValueError: a task without a feed, or a feed without a record that can serve its task.
@@ -201,15 +201,14 @@ def _pools_of(feed: Feed, index: int, divide: Callable) -> list[Pool]:
 
 def _homes(pools: Sequence[Pool], bucket_count: int, rows: int) -> np.ndarray:
     sized = [pool for pool in pools if not pool.any_size]
-    if not sized:
-        return np.arange(bucket_count)
     unlimited = {pool.task for pool in pools if pool.any_size}
     limited = {pool.task for pool in sized} - unlimited
-    by_task = [
+    if not limited:
+        return np.arange(bucket_count)
+    counts = [
         sum(pool.counts for pool in sized if pool.task is task) for task in Task if task in limited
     ]
-    counts = np.stack([pool.counts for pool in sized] + by_task)
-    return buckets_lib.merge(counts, np.array([1] * len(sized) + [rows] * len(by_task)))
+    return buckets_lib.merge(np.stack(counts), np.full(len(counts), rows))
 
 
 def _move(pool: Pool, homes: np.ndarray) -> Pool:

@@ -6,6 +6,7 @@ size that it is asked for, so that it is decoded once and resized once for each 
 """
 
 import dataclasses
+import zlib
 from collections.abc import Callable
 from typing import Protocol
 
@@ -74,7 +75,7 @@ class Record:
 
 
 class RecordSource(Protocol):
-    """A data set with random access. Three more methods are optional:
+    """A data set with random access. Four more methods are optional:
 
     `sizes() -> int32[N, 2] | None`: (height, width) of each target, of a conversation's first picture, known without
     decoding; None, or no such method: every picture can be had at any size.
@@ -83,6 +84,8 @@ class RecordSource(Protocol):
     many as the first.
 
     `conversations() -> bool[N]`: which records are conversations; without it none is.
+
+    `identity() -> str`: equal where the records are; without it, a checksum of what the other methods say.
     """
 
     def __len__(self) -> int: ...
@@ -110,3 +113,13 @@ def conversations(source: RecordSource) -> np.ndarray:
     if hasattr(source, "conversations"):
         return np.asarray(source.conversations())
     return np.zeros(len(source), bool)
+
+
+def identity(source: RecordSource) -> str:
+    """Equal where two hosts see the same records."""
+    if hasattr(source, "identity"):
+        return source.identity()
+    sizes = target_sizes(source)
+    columns = [source_counts(source), conversations(source)] + ([] if sizes is None else [sizes])
+    found = zlib.crc32(b"".join(np.ascontiguousarray(column).tobytes() for column in columns))
+    return f"{len(source):,} records, {found:08x}"

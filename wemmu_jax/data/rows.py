@@ -44,9 +44,11 @@ class Measured:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What a row is made of: "data set/record", its arrays, and what could not be used in its place."""
+    """What a row is made of: "data set/record", the record's number in its set, the row's arrays, and what could not be
+    used in its place."""
 
     key: str
+    record: int
     arrays: Mapping[str, np.ndarray]
     bad: tuple[Bad, ...]
 
@@ -102,7 +104,7 @@ class RowMaker:
                     too_long.append(record)
                     return None
                 key = f"{self.feeds[candidates.feed].name}/{example.key}"
-                return Row(key, self.encode_row(example, bucket, length), tuple(bad))
+                return Row(key, record, self.encode_row(example, bucket, length), tuple(bad))
             except (ValueError, OSError) as error:
                 bad.append(self._bad(candidates.feed, record, error))
                 return None

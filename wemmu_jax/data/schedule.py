@@ -3,8 +3,8 @@
     micro-batch m -> its arity            off by less than one micro-batch at any m
       the arity's micro-batch j -> bucket, in proportion to the records
       the arity's rows j*B .. (j+1)*B -> task        off by less than one row, at any row
-        the task's rows -> data set                  off by less than one row
-          how often its pool has served this bucket before -> a place in the pool's shuffled order
+        the task's rows of that bucket -> pool       off by less than one row; in proportion to its records there
+          how often the pool has served this bucket before -> a place in its shuffled order
 
 Nothing is remembered from one micro-batch to the next but sums that any start computes again, so training resumes
 anywhere and with any number of hosts and workers.
@@ -19,6 +19,9 @@ import numpy as np
 from wemmu_jax.data.pools import Pool, task_arities
 from wemmu_jax.data.tasks import Task
 from wemmu_jax.data.turns import Turns
+
+# The period of the order in which a task's pools take turns in a bucket: shares are off by at most 1e-4.
+PERIOD = 10_000
 
 # Buckets keep their shares exactly over this many micro-batches of an arity, and come in random order within them.
 SPAN = 128
@@ -107,19 +110,17 @@ class _Lane:
         rows: int,
         entropy: tuple[int, ...],
     ):
-        # Columns of every array over pools are in the order of the tasks' turns.
-        pools = [(index, pool) for task in weights for index, pool in pools if pool.task is task]
-        self._pools = np.array([index for index, _ in pools])
-        self._any_size = np.array([pool.any_size for _, pool in pools])
         self._tasks = Turns(list(weights.values()))
-        self._within = [
-            Turns([pool.weight for _, pool in pools if pool.task is task]) for task in weights
+        self._pools = [
+            [(index, pool) for index, pool in pools if pool.task is task] for task in weights
         ]
         shares = _bucket_shares(weights, [pool for _, pool in pools], bucket_count)
+        self._bucket_shares = shares
         self._bucket_ids = np.array([bucket for bucket, share in enumerate(shares) if share])
         self._buckets = Turns([share for share in shares if share])
-        self._rows, self._entropy, self._bucket_count = rows, entropy, bucket_count
-        self._used = {0: np.zeros((len(pools), bucket_count), np.int64)}
+        self._rows, self._entropy = rows, entropy
+        self._used = {0: np.zeros((len(self._pools), bucket_count), np.int64)}
+        self._orders: dict[tuple[int, int], _Order] = {}
 
     @property
     def shares(self) -> dict[int, Fraction]:
@@ -130,29 +131,54 @@ class _Lane:
         """The bucket and the rows of the arity's micro-batch j."""
         span, place = divmod(j, SPAN)
         buckets = self._span_buckets(span)
-        bucket = buckets[place]
-        earlier = buckets[:place] == bucket
-        used = self._used_before(span)[:, bucket] + self._rows_of(span, place)[earlier].sum(axis=0)
+        used = _with(self._used_before(span), buckets[:place], self._rows_of(span, place))
+        bucket = int(buckets[place])
 
-        counts = self._pool_counts(np.arange(j * self._rows, (j + 1) * self._rows + 1))
-        column = np.diff(counts, axis=0).argmax(axis=1)
-        in_all = counts[np.arange(self._rows), column]
-        in_bucket = used[column] + in_all - counts[0, column]
-        uses = np.where(self._any_size[column], in_all, in_bucket)
-        pools = self._pools[column].tolist()
-        return int(bucket), tuple(map(RowPlan, pools, uses.tolist()))
+        counts = self._tasks.counts(np.arange(j * self._rows, (j + 1) * self._rows + 1))
+        tasks = np.diff(counts, axis=0).argmax(axis=1)
+        rows = np.empty((self._rows, 2), np.int64)  # pool, use
+        for task in np.unique(tasks):
+            mine = tasks == task
+            slots = used[task, bucket] + np.arange(mine.sum())
+            rows[mine] = self._served(task, bucket, slots, used[task])
+        return bucket, tuple(RowPlan(pool, use) for pool, use in rows.tolist())
 
-    def _pool_counts(self, slots: np.ndarray) -> np.ndarray:
-        """int64[..., pools]: how many of the arity's rows before each of `slots` belong to each pool."""
-        tasks = self._tasks.counts(slots)
-        return np.concatenate(
-            [within.counts(tasks[..., task]) for task, within in enumerate(self._within)], axis=-1
-        )
+    def _served(self, task: int, bucket: int, slots: np.ndarray, used: np.ndarray) -> np.ndarray:
+        """int64[N, 2], pool and use: who serves a task's rows number `slots` of a bucket, when so many rows of the task
+        have been in each bucket (`used`)."""
+        order = self._order(task, bucket)
+        owners = order.turns.owner(slots)
+        uses = np.take_along_axis(order.turns.counts(slots), owners[:, None], axis=1)[:, 0]
+        for column, place in enumerate(order.pools):
+            if self._pools[task][place][
+                1
+            ].any_size:  # what it has given to the other buckets counts as well
+                others = (b for b in self._bucket_ids.tolist() if b != bucket)
+                given = sum(self._order(task, b).count(place, used[b]) for b in others)
+                uses[owners == column] += given
+        indices = np.array([self._pools[task][place][0] for place in order.pools])
+        return np.stack([indices[owners], uses], axis=1)
+
+    def _order(self, task: int, bucket: int) -> "_Order":
+        """The turns of a task's pools in a bucket, each as often as it has records there: a picture is as rare in
+        the one bucket as in the other. Threads may make one twice, alike."""
+        if (task, bucket) not in self._orders:
+            weights = [pool.weight * self._fraction(pool, bucket) for _, pool in self._pools[task]]
+            serving = [place for place, weight in enumerate(weights) if weight]
+            turns = Turns([weights[place] for place in serving], PERIOD)
+            self._orders[task, bucket] = _Order(serving, turns)
+        return self._orders[task, bucket]
+
+    def _fraction(self, pool: Pool, bucket: int) -> Fraction:
+        """The part of the pool's rows that the bucket would have, were it for this pool alone."""
+        if pool.any_size:
+            return self._bucket_shares[bucket] / sum(self._bucket_shares)
+        return Fraction(int(pool.counts[bucket]), int(pool.counts.sum()))
 
     def _rows_of(self, span: int, length: int) -> np.ndarray:
-        """int64[length, pools]: the rows of each pool in each of the first micro-batches of a span."""
+        """int64[length, tasks]: the rows of each task in each of the first micro-batches of a span."""
         return np.diff(
-            self._pool_counts((span * SPAN + np.arange(length + 1)) * self._rows), axis=0
+            self._tasks.counts((span * SPAN + np.arange(length + 1)) * self._rows), axis=0
         )
 
     def _span_buckets(self, span: int) -> np.ndarray:
@@ -163,15 +189,38 @@ class _Lane:
         return self._bucket_ids[order[np.argsort(lots, kind="stable")]]
 
     def _used_before(self, span: int) -> np.ndarray:
-        """int64[pools, buckets]: rows before a span. Kept for each span; threads may compute one twice, alike."""
+        """int64[tasks, buckets]: rows before a span. Kept for each span; threads may compute one twice, alike."""
         known = span
         while known not in self._used:
             known -= 1
         for new in range(known + 1, span + 1):
-            used = self._used[new - 1].T.copy()
-            np.add.at(used, self._span_buckets(new - 1), self._rows_of(new - 1, SPAN))
-            self._used[new] = used.T
+            rows = self._rows_of(new - 1, SPAN)
+            self._used[new] = _with(self._used[new - 1], self._span_buckets(new - 1), rows)
         return self._used[span]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Order:
+    """The order in which a task's pools serve a bucket.
+
+    Attributes:
+      pools: those of the task's pools that have records there, by their places among them.
+      turns: theirs.
+    """
+
+    pools: Sequence[int]
+    turns: Turns
+
+    def count(self, pool: int, rows: int) -> int:
+        """How many of the bucket's first `rows` rows the pool serves."""
+        return int(self.turns.counts(np.array(rows))[self.pools.index(pool)])
+
+
+def _with(used: np.ndarray, buckets: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """`used` [tasks, buckets], and the rows [N, tasks] of N micro-batches of `buckets` [N]."""
+    total = used.T.copy()
+    np.add.at(total, buckets, rows)
+    return total.T
 
 
 def _proportions(shares: Sequence[int]) -> list[Fraction]:

@@ -6,11 +6,14 @@ import io
 import pathlib
 from collections.abc import Callable
 
+import numpy as np
 from PIL import Image
 
 from wemmu_jax.data.pipeline import MicroBatches
-from wemmu_jax.data.rows import Candidates
+from wemmu_jax.data.rows import Row
+from wemmu_jax.data.tasks import Example
 
+ROWS = 4  # of each micro-batch: it has one arity and one bucket, so that others are worth more than the rest of it
 SIDE = 192  # pixels of a picture's longer side on the page
 
 _STYLE = (
@@ -26,7 +29,7 @@ def write_sheet(
     count: int,
     source_size: Callable[[int, int], tuple[int, int]] = lambda height, width: (height, width),
 ) -> int:
-    """Draws the rows of the first micro-batches, at least `count` of them, and what could not be used.
+    """Draws a few rows of each of the first micro-batches, and says what could not be used in their place.
 
     Args:
       page: the HTML file.
@@ -36,15 +39,18 @@ def write_sheet(
 
     Returns:
       How many rows are on the page.
+
+    Raises:
+      ValueError: nothing can be used for a row.
     """
     lines, number = [], 0
     while len(lines) < count:
-        plan = data.plan(number)
-        bucket = data.buckets[plan.bucket]
+        bucket = data.buckets[data.plan(number).bucket]
         size = source_size(bucket.height, bucket.width)
-        for row in range(data.rows):
-            measured = data.maker.measure(data.candidates(plan, row))
-            lines.append(_line(data, number, measured.candidates, measured.tokens, bucket, size))
+        # Not the first ones: where rows fill whole turns of the tasks, these would always be of the same task.
+        rows = np.random.default_rng(number).permutation(data.rows)[: min(ROWS, count - len(lines))]
+        for example, row in data.sample(number, sorted(rows.tolist())):
+            lines.append(_line(data, number, example, row, bucket, size))
         number += 1
     text = (
         f"<!doctype html><meta charset=utf-8><title>samples</title><style>{_STYLE}</style>"
@@ -55,19 +61,20 @@ def write_sheet(
     return len(lines)
 
 
-def _line(data, number: int, candidates: Candidates, tokens: int, bucket, size) -> str:
-    name = data.feeds[candidates.feed].name
-    example = data.maker.example(candidates.feed, candidates.records[0])
+def _line(data, number: int, example: Example, row: Row, bucket, size) -> str:
     about = (
-        f"{number} · {example.task.value}<br>{html.escape(f'{name}/{example.key}')}<br>"
-        f"{bucket.height} x {bucket.width}<br>{tokens} tokens"
+        f"{number} · {example.task.value}<br>{html.escape(row.key)}<br>"
+        f"{bucket.height} x {bucket.width}<br>{data.text_length(example)} tokens"
     )
+    for bad in row.bad:
+        what = f"in the place of {bad.data_set}/{bad.key}: {bad.reason}"
+        about += f"<br><b>{html.escape(what)}</b>"
     try:
         sources = "".join(_image(source.load(*size)) for source in example.sources)
         drawn = example.target
         target = "" if drawn is None else _image(drawn.load(bucket.height, bucket.width))
-    except (ValueError, OSError) as error:
-        sources, target = "", f"<b>replaced: {html.escape(str(error))}</b>"
+    except (ValueError, OSError) as error:  # of a picture whose cached latents will do
+        sources, target = "", f"<b>not drawn: {html.escape(str(error))}</b>"
     said = (
         f"<code>{html.escape(text)}</code>" if text else "<i>empty</i>" for text in example.texts
     )

@@ -4,6 +4,7 @@ A data set is one small entry of a config or a YAML file, `{"type": ..., more ar
 types are. To read another format is to write one class and to add it there.
 """
 
+import dataclasses
 import importlib
 import inspect
 import zlib
@@ -85,6 +86,10 @@ class IndexedSource:
         """bool[N], which records are conversations."""
         return self.index.conversations
 
+    def identity(self) -> str:
+        """Equal for the same pictures in the same order; the texts, of which there may be gigabytes, are not read."""
+        return self.index.picture_identity
+
     def problems(self) -> list[Problem]:
         """What of the set could not be a record."""
         return self.index.problems()
@@ -143,10 +148,22 @@ def build_source(
       FileNotFoundError: a file that the entry names is not there.
       ValueError: there is no such type, or it takes other arguments; or the set has no record.
     """
+    found, captions = _parse(spec)
+    if spec["type"] == "miniworld":
+        return found
+    index = open_index(found, captions, processes=processes, progress=progress, renewal=renewal)
+    source = IndexedSource(found, index)
+    if not len(source):
+        raise ValueError(f"data set {dict(spec)}: no record{_summary(index.problems())}")
+    return source
+
+
+def _parse(spec: Mapping) -> tuple[Format | RecordSource, str | list | tuple]:
+    """What a source's entry names, of which no file has been looked at, and its sidecars."""
     arguments = dict(spec)
     kind = arguments.pop("type", None)
     if kind == "miniworld":
-        return _call(_miniworld, arguments, spec)
+        return _call(_miniworld, arguments, spec), ()
     if not isinstance(kind, str) or kind not in FORMATS:
         raise ValueError(
             f"data set {dict(spec)}: type must be one of {', '.join([*FORMATS, 'miniworld'])}; found {kind!r}"
@@ -154,12 +171,69 @@ def build_source(
     captions = arguments.pop("captions", ())
     if not isinstance(captions, str | list | tuple):
         raise ValueError(f"data set {dict(spec)}: captions must be paths; found {captions!r}")
-    format = _call(FORMATS[kind], arguments, spec)
-    index = open_index(format, captions, processes=processes, progress=progress, renewal=renewal)
-    source = IndexedSource(format, index)
-    if not len(source):
-        raise ValueError(f"data set {dict(spec)}: no record{_summary(index.problems())}")
-    return source
+    return _call(FORMATS[kind], arguments, spec), captions
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSet:
+    """A config entry that makes sense; none of its files has been looked at.
+
+    Attributes:
+      name: goes into keys and errors.
+      tasks: that its records are given to.
+      weight: its part of a task's rows, relative to the task's other sets.
+      spec: what `build_source` takes.
+    """
+
+    name: str
+    tasks: tuple[Task, ...]
+    weight: float
+    spec: Mapping[str, Any]
+
+    def feeds(self, source: RecordSource) -> list[Feed]:
+        """The set given to each of its tasks."""
+        return [Feed(self.name, task, source, self.weight) for task in self.tasks]
+
+
+def data_sets(specs: Iterable[Mapping | str]) -> list[DataSet]:
+    """The sets of config entries, see `build_feeds`; reads no more than YAML files.
+
+    Raises:
+      FileNotFoundError: as `read_entries`.
+      ValueError: names everything that is wrong with the entries.
+    """
+    found: dict[str, DataSet] = {}
+    wrong = []
+    for entry in read_entries(specs):
+        try:
+            one = _data_set(entry)
+        except ValueError as error:
+            wrong.append(str(error))
+            continue
+        if one.name in found:
+            wrong.append(f"two data sets are named {one.name!r}")
+        found[one.name] = one
+    if wrong:
+        raise ValueError("\n".join(wrong))
+    return list(found.values())
+
+
+def _data_set(entry: Mapping) -> DataSet:
+    spec = dict(entry)
+    if missing := {"name", "tasks"} - set(spec):
+        raise ValueError(f"data set {spec}: {', '.join(sorted(missing))} missing")
+    name, tasks, weight = spec.pop("name"), spec.pop("tasks"), spec.pop("weight", 1.0)
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"data set {dict(entry)}: name must be a text; found {name!r}")
+    known = [task.value for task in Task]
+    if not isinstance(tasks, list | tuple) or not tasks or any(t not in known for t in tasks):
+        raise ValueError(
+            f"data set {name!r}: tasks must be a list of some of {', '.join(known)}; found {tasks!r}"
+        )
+    one = DataSet(name, tuple(map(Task, tasks)), weight, spec)
+    one.feeds([])  # which looks at the weight
+    _parse(spec)
+    return one
 
 
 def build_feeds(specs: Iterable[Mapping | str], *, bad_share: float = 1.0) -> tuple[Feed, ...]:
@@ -172,32 +246,19 @@ def build_feeds(specs: Iterable[Mapping | str], *, bad_share: float = 1.0) -> tu
       bad_share: the part of a set's records that may be none, as its index found.
 
     Raises:
-      ValueError: an entry is not like this, or too much of a set is bad; and as `build_source`.
+      ValueError: entries are not like this, or too much of a set is bad; and as `build_source`.
     """
     feeds = []
-    for spec in read_entries(specs):
-        entry = dict(spec)
-        if missing := {"name", "tasks"} - set(entry):
-            raise ValueError(f"data set {entry}: {', '.join(sorted(missing))} missing")
-        name, tasks, weight = entry.pop("name"), entry.pop("tasks"), entry.pop("weight", 1.0)
-        if not isinstance(name, str) or not name:
-            raise ValueError(f"data set {dict(spec)}: name must be a text; found {name!r}")
-        known = [task.value for task in Task]
-        if not isinstance(tasks, list | tuple) or not tasks or any(t not in known for t in tasks):
-            raise ValueError(
-                f"data set {name!r}: tasks must be a list of some of {', '.join(known)}; found {tasks!r}"
-            )
-        if any(feed.name == name for feed in feeds):
-            raise ValueError(f"two data sets are named {name!r}")
-        source = build_source(entry)
+    for one in data_sets(specs):
+        source = build_source(one.spec)
         if isinstance(source, IndexedSource):
             bad = source.index.problem_count
             if bad > bad_share * (bad + len(source)):
                 raise ValueError(
-                    f"data set {name!r}: {bad} of {bad + len(source)} records cannot be read, more than the share "
+                    f"data set {one.name!r}: {bad} of {bad + len(source)} records cannot be read, more than the share "
                     f"{bad_share} that data.bad_share allows; {_ANEW}{_summary(source.problems())}"
                 )
-        feeds += [Feed(name, Task(task), source, weight) for task in tasks]
+        feeds += one.feeds(source)
     return tuple(feeds)
 
 

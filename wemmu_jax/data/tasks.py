@@ -61,7 +61,8 @@ def arities(task: Task, source_counts: np.ndarray) -> np.ndarray:
       source_counts: int[N], source pictures of each record; of conversations for VQA, of others for all else.
 
     Returns:
-      int[N]; -1 where the record cannot serve the task. Rec and Uncond take any record's target.
+      int[N]; -1 where the record cannot serve the task. Rec and Uncond take any record's target. S-Edit and M-Edit
+      have no record in common, because UniWorld-V1's lists hold both kinds and the paper weighs them apart.
     """
     match task:
         case Task.UNCOND:

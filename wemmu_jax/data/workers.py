@@ -7,6 +7,7 @@ made anew, and whoever waits asks again. Rows are written where the micro-batch 
 import concurrent.futures
 import contextlib
 import ctypes
+import dataclasses
 import mmap
 import multiprocessing
 import os
@@ -153,7 +154,7 @@ def make_into(
         shared = _views(mmap.mmap(opened.fileno(), 0), form, rows)
     for name, value in row.arrays.items():
         shared[name][number] = value
-    return Row(row.key, {}, row.bad)
+    return dataclasses.replace(row, arrays={})
 
 
 def form_of(arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from wemmu_jax.ops.roll import roll_rows
 from wemmu_jax.rng import Stream, stream_key
 
 
@@ -62,7 +63,7 @@ def negatives(
     """The negative of each row, and which rows have one.
 
     Args:
-      target: v+ [B, h, w, C] of the micro-batch over all chips.
+      target: v+ [B, h, w, C] of the micro-batch over all devices.
       picture_ids: uint32[B], equal where two rows draw the same picture.
       unconditional: bool[B], rows that take plain flow matching.
       step: s of `partners`.
@@ -70,5 +71,5 @@ def negatives(
     Returns:
       v- [B, h, w, C] and `contrasted` bool[B].
     """
-    other = jnp.roll(picture_ids, -step, axis=0)
-    return jnp.roll(target, -step, axis=0), (picture_ids != other) & ~unconditional
+    other = roll_rows(picture_ids, step)
+    return roll_rows(target, step), (picture_ids != other) & ~unconditional

@@ -1,10 +1,12 @@
 """New captions for a data set by the frozen VLM, as the paper made its own: `wemmu data caption`.
 
 Pictures are grouped by bucket, so that one compiled program captions a batch of them; all chips of the host share a
-batch. Captions go to sidecars that sources read, a part at a time; a part that is there is not made again.
+batch. Captions go to sidecars that sources read, a part at a time; a part that is there is not made again, and a folder
+goes on with the records, the model and the question that it began with.
 """
 
 import concurrent.futures
+import dataclasses
 import functools
 import json
 import pathlib
@@ -17,6 +19,7 @@ import numpy as np
 from wemmu_jax.conversion.memory import nest
 from wemmu_jax.data.buckets import Bucket, make_buckets, nearest_indices
 from wemmu_jax.data.indexing import Progress
+from wemmu_jax.data.manifest import go_on
 from wemmu_jax.data.prompts import DESCRIPTION_PROMPT
 from wemmu_jax.data.sources import IndexedSource
 from wemmu_jax.files import replacing
@@ -34,7 +37,12 @@ PART = 2048  # records
 
 
 class Captioner:
-    """The VLM of a checkpoint, and what it is asked."""
+    """The VLM of a checkpoint, and what it is asked.
+
+    Attributes:
+      buckets: sizes at which pictures are looked at.
+      made_from: what a caption depends on beside its picture, as JSON values.
+    """
 
     def __init__(
         self,
@@ -75,6 +83,14 @@ class Captioner:
         self._rows = RowEncoder.load(origin.backbones_folder, config).sized(grids, multiple=1)
         self._prompt, self._batch, self._seed = prompt, batch, seed
         self._tokens, self._sampling = max_new_tokens, sampling
+        self.made_from = {
+            "vlm": origin.backbones.fingerprint,
+            "dtype": jnp.dtype(dtype).name,
+            "prompt": prompt,
+            "resolution": resolution,
+            "max_new_tokens": max_new_tokens,
+            "sampling": {**dataclasses.asdict(sampling), "seed": seed},
+        }
         leaves = {
             path: origin.backbones.load_leaf(path, dtype=dtype)
             for path in origin.backbones.specs
@@ -145,12 +161,17 @@ def caption_records(
     threads: int,
     progress: Progress,
 ) -> int:
-    """Captions the targets of a data set, into `captions-00000-of-00012.jsonl`; `*.bad.jsonl` has what could not be.
+    """Captions the targets of a data set, into `captions-00000-of-00012.jsonl`; `*.bad.jsonl` has what could not be,
+    `captions.json` what they were made from.
 
     Returns:
       How many could not be read or got no words.
+
+    Raises:
+      ValueError: the folder holds captions of other records, by another model or of another question.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    made_from = {"records": source.index.identity, "part": PART, **captioner.made_from}
+    go_on(folder / "captions.json", made_from, made="captions-*.jsonl")
     parts = -(-len(source) // PART)
     own = list(range(shard, parts, shards))
     files = {part: folder / f"captions-{part:05}-of-{parts:05}.jsonl" for part in own}

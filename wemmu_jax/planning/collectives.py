@@ -33,6 +33,11 @@ class Collective:
         """Who takes part, by place in the mesh: the first group, of a permutation the first pair."""
         return first_group(self.groups)
 
+    @property
+    def pairs(self) -> np.ndarray:
+        """int[N, 2], source and target of each part of a permutation, by place in the mesh."""
+        return listed_groups(self.groups)
+
 
 def collectives(
     module: Module, computation: Computation, instruction: Instruction
@@ -98,6 +103,18 @@ def first_group(text: str) -> tuple[int, ...]:
     places = np.moveaxis(order.reshape(list(sizes.values())), chosen, range(len(chosen)))
     size = math.prod(places.shape[: len(chosen)])
     return tuple(places.reshape(size, -1)[:, 0].tolist())
+
+
+@functools.lru_cache(maxsize=1024)
+def listed_groups(text: str) -> np.ndarray:
+    """All groups of `{{0,1},{2,3}}`.
+
+    Raises:
+      ValueError: the text has another form.
+    """
+    if not re.fullmatch(r"\{\{[\d,]+\}(,\{[\d,]+\})*\}", text):
+        raise ValueError(f"cannot read who takes part in a collective: {text[:200]}")
+    return np.array([_numbers(group) for group in re.findall(r"[\d,]+(?=\})", text)])
 
 
 def _order(text: str) -> np.ndarray:

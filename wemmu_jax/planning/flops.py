@@ -133,7 +133,13 @@ class Learns:
 
 
 def sample_flops(
-    config: WeMMUConfig, bucket: Bucket, *, arity: int, text: int, learns: Learns
+    config: WeMMUConfig,
+    bucket: Bucket,
+    *,
+    arity: int,
+    text: int,
+    learns: Learns,
+    cached: bool = False,
 ) -> Mapping[str, float]:
     """One training sample, part by part.
 
@@ -143,6 +149,7 @@ def sample_flops(
       arity: sources.
       text: tokens of the prompt beside pictures.
       learns: what has gradients.
+      cached: latents come from a cache, and the DC-AE does nothing.
 
     Returns:
       Part -> FLOPs; they add up to the sample's.
@@ -165,8 +172,9 @@ def sample_flops(
         "VAE branch": 2 * arity * connector_flops(config, source),
         "Position MLP": 3 * position_mlp_flops(config, queries),
         "DiT": (3 if learns.dit else 2) * dit_flops(config.dit, latents, queries),
-        "DC-AE encode": encoded,
     }
+    if not cached:
+        flops["DC-AE encode"] = encoded
     if bridge.pathway is Pathway.VIT:
         return flops
     expert = expert_flops(config.vlm.text, queries, prompt, beside)

@@ -27,7 +27,7 @@ class ShapePlan:
       share: of all micro-batches.
       compiled: the shape whose programs stand for it; times are scaled by the model's FLOPs.
       model_flops: part -> FLOPs of a sample, by formula.
-      times: of a micro-batch, its pictures' encoding included.
+      times: of a micro-batch, its pictures' encoding included, unless their latents are cached.
     """
 
     shape: Shape
@@ -245,6 +245,9 @@ def _own_assumptions(setting: Setting, all_shapes: bool) -> list[str]:
         said.append("no data.sources: every bucket alike; M-Edit has two sources, S-Edit one")
     if not all_shapes:
         said.append("buckets marked * are scaled from the compiled one by the model's FLOPs")
+    if setting.run.cached:
+        said.append("latents come from data.features: the DC-AE encodes nothing")
+    said.append("cutting and packing the ViT's pixels, a program of its own, is not planned")
     said.append("memory: arrays without the padding of tiles; the next micro-batch is there too")
     said.append("no input, checkpoint or logging is waited for")
     return said

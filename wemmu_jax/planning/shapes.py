@@ -19,17 +19,22 @@ _ARITIES = {Task.T2I: 0, Task.UNCOND: 0, Task.REC: 1, Task.S_EDIT: 1, Task.M_EDI
 
 
 class Shape(NamedTuple):
-    """What micro-batches of one shape have in common."""
+    """What micro-batches of one shape have in common; `cached`: their latents are, so that the DC-AE does not run."""
 
     arity: int
     bucket: Bucket
+    cached: bool = False
 
     @property
     def programs(self) -> dict[Key, int]:
         """What a micro-batch runs, and how often."""
         bucket = self.bucket
-        runs = {Key("accumulate", self.arity, bucket): 1, Key("encode target", bucket=bucket): 1}
-        return runs | ({Key("encode source", bucket=bucket): self.arity} if self.arity else {})
+        runs = {Key("accumulate", self.arity, bucket): 1}
+        if not self.cached:
+            runs[Key("encode target", bucket=bucket)] = 1
+            if self.arity:
+                runs[Key("encode source", bucket=bucket)] = self.arity
+        return runs
 
 
 def shares(setting: Setting) -> dict[Shape, float]:
@@ -41,7 +46,7 @@ def shares(setting: Setting) -> dict[Shape, float]:
     mixture = {task: config.data.mixture[task.value] for task in STAGE_TASKS}
     mixture = {task: weight for task, weight in mixture.items() if weight}
     if config.data.sources:
-        feeds = build_feeds([dict(entry) for entry in config.data.sources])
+        feeds = build_feeds(config.data.sources, bad_share=config.data.bad_share)
         pools = gather_pools(feeds, mixture, buckets, config.batch.rows)
     else:
         pools = [
@@ -52,7 +57,7 @@ def shares(setting: Setting) -> dict[Shape, float]:
         mixture, pools, bucket_count=len(buckets), rows=config.batch.rows, seed=config.seed
     )
     return {
-        Shape(arity, buckets[bucket]): float(share)
+        Shape(arity, buckets[bucket], cached=setting.run.cached): float(share)
         for (arity, bucket), share in sorted(schedule.shares.items())
     }
 
@@ -74,4 +79,5 @@ def model_flops(setting: Setting, shape: Shape) -> Mapping[str, float]:
         arity=shape.arity,
         text=setting.text_length,
         learns=Learns(dit="dit" in run.trainable, branch="vae_branch" in run.trainable),
+        cached=shape.cached,
     )

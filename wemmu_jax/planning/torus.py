@@ -58,12 +58,13 @@ class Torus:
 
         Between slices, the devices of a slice share the work: each sends its part of the array over DCN.
         """
+        if collective.kind == "collective-permute":
+            # All wait for the slowest pair.
+            crosses = np.diff(self.slices[collective.pairs], axis=1).any()
+            return collective.bytes / (self.chip.network if crosses else self.chip.link)
         group = np.array(collective.group)
         slices = self.slices[group]
         count, inside = len(np.unique(slices)), group[slices == slices[0]]
-        if collective.kind == "collective-permute":
-            speed = self.chip.link if count == 1 else self.chip.network
-            return collective.bytes / speed
         moved = _PASSES[collective.kind] * collective.bytes
         seconds = 0.0
         if len(inside) > 1:

@@ -86,15 +86,14 @@ def row_shards(mesh: Mesh | AbstractMesh) -> int:
     return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
-def check_rows(rows: int, mesh: Mesh) -> None:
-    """Raises ValueError naming the micro-batches that would work if the mesh does not divide `rows`."""
+def check_rows(rows: int, mesh: Mesh, *, key: str) -> None:
+    """Raises ValueError naming `key` of the config, and what would work, if the mesh does not divide `rows`."""
     parts = row_shards(mesh)
     if rows % parts:
         near = sorted({max(1, rows // parts) * parts, (rows // parts + 1) * parts})
         said = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in ROWS)
         raise ValueError(
-            f"a micro-batch of {rows} rows does not divide over {parts} devices (mesh {said}); "
-            f"the nearest that do: {near}"
+            f"{key}={rows} does not divide over {parts} devices (mesh {said}); the nearest that do: {near}"
         )
 
 

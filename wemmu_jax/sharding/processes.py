@@ -19,6 +19,7 @@ from jax._src.clusters import ClusterEnv
 from jax._src.distributed import global_state
 from jax.experimental import multihost_utils
 
+from wemmu_jax.errors import USER_ERRORS, passes
 from wemmu_jax.sharding.meeting import meet
 
 HEARTBEAT = 100  # seconds until a process that was killed is noticed by the others, which then end
@@ -32,7 +33,7 @@ def join(
     count: int | None = None,
     index: int | None = None,
     *,
-    timeout: float = 300,
+    timeout: float,
 ) -> None:
     """Makes this process one of a run's; must come before anything else of JAX is used.
 
@@ -48,7 +49,7 @@ def join(
     Raises:
       ValueError: the three are not given together, do not fit each other, or the platform that JAX was told to use
         is not there.
-      TimeoutError: a process never came; names those that did not.
+      TimeoutError: a process never came, and those that did not are named; or one was lost right afterwards.
       OSError: process 0 cannot listen at the coordinator's port.
     """
     found = ClusterEnv.auto_detect_unset_distributed_params(
@@ -86,6 +87,9 @@ def _check_platform() -> None:
     # The second, and without a word, where the platform's plugin is not installed.
     except (RuntimeError, AssertionError) as error:
         why = (str(error) or "JAX has no plugin for it").splitlines()[0]
+        # All processes tell each other of their devices here.
+        if jax.distributed.is_initialized() and "DEADLINE_EXCEEDED" in str(error):
+            raise TimeoutError(f"a process was lost on the way: {why}") from error
         raise ValueError(
             f"JAX_PLATFORMS={jax.config.jax_platforms or ''} asks for a device that cannot be had here: {why}. Install "
             "its plugin (jax[tpu], jax[cuda13]) and look at its driver; JAX_PLATFORMS=cpu works anywhere"
@@ -131,17 +135,22 @@ def together(what: str) -> Iterator[None]:
 
     Raises:
       ValueError: another process failed; says which, in `what`, and how.
+      ConnectionError: the same, and that one may go well when all start again.
     """
     try:
         yield
     except Exception as error:
-        exchange(f"{error}")
+        exchange(
+            {"error": str(error), "final": isinstance(error, USER_ERRORS) and not passes(error)}
+        )
         raise
-    errors = exchange(None)
-    failed = {index: error for index, error in enumerate(errors) if error is not None}
-    if failed:
-        index, error = next(iter(failed.items()))
-        raise ValueError(f"process {index} of {len(errors)}, {what}: {error}")
+    found = exchange(None)
+    failed = [(index, one) for index, one in enumerate(found) if one is not None]
+    # What somebody has to mend comes first, or all would start again for nothing.
+    if failed := sorted(failed, key=lambda one: not one[1]["final"]):
+        index, one = failed[0]
+        kind = ValueError if one["final"] else ConnectionError
+        raise kind(f"process {index} of {len(found)}, {what}: {one['error']}")
 
 
 def on_host(array: jax.Array) -> np.ndarray:

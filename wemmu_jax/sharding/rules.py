@@ -138,7 +138,8 @@ def placed(mesh: Mesh, attention: AttentionBackend = AttentionBackend.AUTO) -> I
     What goes into and comes out of every layer is pinned to the devices of its rows, tokens and features. Left to
     itself, XLA's partitioner finds weights and rows cut along the same mesh axis, and now and then moves the
     activations of the whole batch to the weights instead of a layer's weights to the rows. The pins hold for the
-    gradients of the activations too. Attention runs on each device's own rows and heads. Numbers do not change.
+    gradients of the activations too. Attention runs on each device's own rows and heads, and `roll_rows`
+    hands rows on. Numbers do not change.
     """
 
     def pin(x: jax.Array, cut: bool | None) -> jax.Array:

@@ -5,7 +5,7 @@ import pathlib
 import platform
 import statistics
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 
@@ -28,12 +28,8 @@ scenes and wordings that training never saw. This page is written by `wemmu mini
 
 def describe(recipe: Recipe, workdir: pathlib.Path, *, parameters: int, scores: Mapping) -> dict:
     """What there is to tell of a training that is done."""
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    speeds = [
-        row["train/samples_per_second"]
-        for row in map(json.loads, lines)
-        if "train/samples_per_second" in row
-    ]
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    speeds = [row["train/samples_per_second"] for row in rows if "train/samples_per_second" in row]
     samples, speed = recipe.rows * recipe.optimizer.steps, statistics.median(speeds)
     return {
         "backbone": recipe.name,
@@ -47,7 +43,13 @@ def describe(recipe: Recipe, workdir: pathlib.Path, *, parameters: int, scores: 
         "hardware": f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}, {_processor()}",
         "version": _version(),
         "scores": {name: round(value, 4) for name, value in scores.items()},
+        "curve": {name: _curve(rows, f"held_out/{name}") for name in scores},
     }
+
+
+def _curve(rows: Sequence[Mapping], field: str) -> list[tuple[int, float]]:
+    """(step, value) pairs; a step that was run twice counts once."""
+    return sorted({row["step"]: round(row[field], 4) for row in rows if field in row}.items())
 
 
 def write_card(root: pathlib.Path, folder: pathlib.Path, description: Mapping) -> None:

@@ -16,17 +16,17 @@ from jax.sharding import Mesh
 
 from wemmu_jax.conversion.memory import flatten, nest
 from wemmu_jax.data.buckets import Bucket
+from wemmu_jax.data.features import DTYPE
 from wemmu_jax.models.qwen2_5_vl.images import PackedImages
 from wemmu_jax.models.wemmu.batch import PromptBatch
 from wemmu_jax.models.wemmu.config import WeMMUConfig
 from wemmu_jax.models.wemmu.inputs import Shapes
 from wemmu_jax.models.wemmu.modeling import WeMMUModel
-from wemmu_jax.sharding.mesh import check_heads, check_rows
 from wemmu_jax.sharding.rules import parameter_shardings, replicated
 from wemmu_jax.training.batch import Pixels, TrainBatch, batch_shardings
 from wemmu_jax.training.curriculum import Stage
 from wemmu_jax.training.optimizer import split
-from wemmu_jax.training.run import leaf_dtype, stage_sizes
+from wemmu_jax.training.run import check_mesh, leaf_dtype, stage_sizes
 from wemmu_jax.training.step import Trainer
 
 
@@ -69,6 +69,7 @@ class AbstractRun:
       buckets: target sizes, from wide to tall.
       shapes: paddings that all buckets share.
       text_lengths: what texts are padded to.
+      cached: whether latents come from a cache and not from the DC-AE.
     """
 
     trainer: Trainer
@@ -77,6 +78,7 @@ class AbstractRun:
     buckets: tuple[Bucket, ...]
     shapes: Shapes
     text_lengths: tuple[int, ...]
+    cached: bool
 
     @classmethod
     def of(cls, config: ml_collections.ConfigDict, sizes: WeMMUConfig, mesh: Mesh) -> "AbstractRun":
@@ -95,8 +97,7 @@ class AbstractRun:
             raise ValueError(
                 f"the model has the bridge {sizes.bridge}, the config asks for {stage.bridge}"
             )
-        check_rows(stage.rows, mesh)
-        check_heads(sizes, mesh)
+        check_mesh(config, sizes, mesh)
         model = WeMMUModel(sizes, dtype=stage.dtype, remat=stage.remat)
         trainable, frozen = abstract_weights(model, stage, mesh)
         buckets, grids = stage_sizes(config, sizes)
@@ -107,6 +108,7 @@ class AbstractRun:
             buckets=buckets,
             shapes=Shapes.of(grids, sizes, multiple=config.data.pad_multiple),
             text_lengths=tuple(config.data.text_lengths),
+            cached=bool(config.data.features),
         )
 
     @property
@@ -140,18 +142,23 @@ class AbstractRun:
         return placed(batch, batch_shardings(batch, self.trainer.mesh))
 
     def pixels(self, bucket: Bucket, *, arity: int) -> Pixels:
-        """The pictures that the host hands over for it."""
+        """The pictures, or their latents, that the host hands over for it."""
         sizes, rows = self.trainer.model.config, self.trainer.stage.rows
+        ratio, unit = sizes.dc_ae.ratio, sizes.vlm.vision.unit
         grid = sizes.source_grid(bucket.height, bucket.width)
 
         def pictures(count: int, height: int, width: int) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct((count, height, width, 3), jnp.uint8)
 
-        source = pictures(rows, *(side * sizes.dc_ae.ratio for side in grid))
-        unit = sizes.vlm.vision.unit
+        def latents(height: int, width: int) -> jax.ShapeDtypeStruct:
+            if not self.cached:
+                return pictures(rows, height, width)
+            shape = (rows, height // ratio, width // ratio, sizes.dc_ae.latent_channels)
+            return jax.ShapeDtypeStruct(shape, DTYPE)
+
         pixels = Pixels(
-            target=pictures(rows, bucket.height, bucket.width),
-            sources=(source,) * arity,
+            target=latents(bucket.height, bucket.width),
+            sources=(latents(*(side * ratio for side in grid)),) * arity,
             vit=pictures(rows * arity, *(side * unit for side in grid)) if arity else None,
         )
         return placed(pixels, batch_shardings(pixels, self.trainer.mesh))

@@ -15,6 +15,7 @@ import jax
 import ml_collections
 from orbax.checkpoint import v1 as ocp
 
+from wemmu_jax.errors import passes
 from wemmu_jax.files import read_object, write_json
 from wemmu_jax.training.state import TrainState
 
@@ -166,6 +167,8 @@ class Checkpoints:
         try:
             return ocp.pytree_metadata(where, checkpointable_name=name).metadata
         except Exception as error:
+            if passes(error):
+                raise
             raise _damaged(where, [name]) from error
 
     def _weights_of(self, step: int) -> str:
@@ -178,6 +181,8 @@ class Checkpoints:
         try:
             return self._checkpointer.load_checkpointables(step, parts)
         except Exception as error:
+            if passes(error):
+                raise
             raise _damaged(where, parts) from error
 
     def close(self) -> None:

@@ -91,7 +91,9 @@ def base_config() -> ml_collections.ConfigDict:
                 "max_aspect": 4.0,
                 # Tokens of queries and sources are padded to a multiple of this.
                 "pad_multiple": 8,
-                "text_lengths": (128, 256, 512),
+                # One, because each is a program of its own for every bucket and arity, and the longest of hundreds of
+                # rows pads them all.
+                "text_lengths": (256,),
                 "mixture": {"T2I": 0.0, "Uncond": 0.0, "Rec": 0.0, "S-Edit": 0.0, "M-Edit": 0.0},
                 # What to train on, and what to validate on: entries of `wemmu_jax.data.sources`, or YAML files of them.
                 "sources": (),

@@ -1,14 +1,16 @@
 """The latents of everything that a stage trains on, computed beforehand: `wemmu data encode`.
 
 What there is to compute follows from the stage's config, and the order in which it is cut into parts too; so any
-number of hosts may share the work, each with every n-th part, and a part that is there is not computed again.
+number of hosts may share the work, each with every n-th part, and a part that is there is not computed again. The
+folder says which pictures its parts are cut from, and does not go on with others.
 """
 
 import concurrent.futures
 import dataclasses
 import functools
+import hashlib
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +21,8 @@ from wemmu_jax.conversion.memory import nest
 from wemmu_jax.data import features
 from wemmu_jax.data.indexing import Progress
 from wemmu_jax.data.pipeline import MicroBatches
-from wemmu_jax.data.records import Picture, RecordSource
+from wemmu_jax.data.records import Picture
+from wemmu_jax.data.sources import IndexedSource
 from wemmu_jax.data.tasks import Task, make_example
 from wemmu_jax.models.wemmu.config import WeMMUConfig
 from wemmu_jax.models.wemmu.inputs import RowEncoder
@@ -44,7 +47,7 @@ class Work:
     """
 
     size: tuple[int, int]
-    source: RecordSource
+    source: IndexedSource
     task: Task
     picture: int
     records: np.ndarray
@@ -83,9 +86,13 @@ def encode_features(
     config = config.copy_and_resolve_references()
     config.data.features = ""
     encoder, *data = prepare_data(config, origin, model.config)
-    parts = list(_parts([one for one in data if one is not None], encoder))
+    data = [one for one in data if one is not None]
+    parts = list(_parts(data, encoder))
+    fed = {one.feeds[pool.feed] for one in data for pool in one.pools}
     meta = {
         "model": origin.backbones.fingerprint,
+        "sets": sorted({f"{feed.name}: {feed.source.index.picture_identity}" for feed in fed}),
+        "pictures and sizes": _identity(parts),
         "parts": len(parts),
         "channels": model.config.dc_ae.latent_channels,
         "ratio": model.config.dc_ae.ratio,
@@ -137,6 +144,16 @@ def _parts(data: list[MicroBatches], encoder: RowEncoder) -> Iterator[Work]:
         records = np.unique(np.concatenate(members))
         for start in range(0, len(records), PART):
             yield Work(size, source, task, picture, records[start : start + PART])
+
+
+def _identity(parts: Sequence[Work]) -> str:
+    """Equal for the same pictures at the same sizes in the same order: what a part's number stands for."""
+    found = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        source = part.source.index.picture_identity
+        what = (part.size, source, part.task.value, part.picture, len(part.records))
+        found.update(repr(what).encode() + part.records.astype(np.int64).tobytes())
+    return found.hexdigest()
 
 
 def _encode_part(work: Work, encode, batch: int, pool) -> tuple[list[int], list[np.ndarray], int]:

@@ -18,8 +18,9 @@ import ml_collections
 import numpy as np
 from jax.experimental import multihost_utils
 
-from wemmu_jax.data.ledger import Ledger
+from wemmu_jax.data.ledger import Ledger, TooManyReplaced
 from wemmu_jax.data.pipeline import MicroBatch
+from wemmu_jax.data.records import identity
 from wemmu_jax.data.tasks import Task
 from wemmu_jax.files import write_json
 from wemmu_jax.sharding.processes import exchange, is_first, say, together
@@ -64,6 +65,7 @@ def train(
         check_workdir(workdir, config)
         run = prepare(config)
     _check_alike("weights", run.origin.described())
+    _check_alike("data sets", _data_identities(run))
     with contextlib.ExitStack() as stack:
         with together("taking the workdir"):
             if is_first():
@@ -115,6 +117,13 @@ def _check_alike(what: str, mine: Mapping) -> None:
                 f"process 0 (there) and process {index} (here) have different {what}:\n  "
                 + "\n  ".join(lines)
             )
+
+
+def _data_identities(run: Run) -> dict[str, str]:
+    """Of every data set; hosts that saw different ones would train on some samples twice and on others never."""
+    feeds = [*run.data.feeds, *(run.held_out.feeds if run.held_out else ())]
+    sources = {id(feed.source): feed for feed in feeds}.values()
+    return {f"{i}: {feed.name}": identity(feed.source) for i, feed in enumerate(sources)}
 
 
 def _check_shared(workdir: pathlib.Path) -> None:
@@ -245,7 +254,7 @@ def _run_steps(
             # What is saved or looked at has been reported, so that it is known to be good.
             wait = save or any(_due(step, n, steps) for n in (every.validate, every.sample))
             while len(running) > (0 if wait else 1):
-                _report(running.popleft(), progress, line=every.log)
+                _report(running.popleft(), progress, ledger, line=every.log)
             if save:
                 with progress.stopwatch.timed(ASIDE):
                     checkpoints.save(state)
@@ -256,10 +265,12 @@ def _run_steps(
             with progress.stopwatch.timed(ASIDE):
                 _look(run, state, step, progress, workdir)
         while running:
-            _report(running.popleft(), progress, line=every.log)
+            _report(running.popleft(), progress, ledger, line=every.log)
     except BaseException as error:
-        # `update` kept the last good state. Of several processes all must save, and only this is an error of all.
-        if jax.process_count() == 1 or isinstance(error, FloatingPointError | InterruptedError):
+        # `update` kept the last good state. Of several processes all must save, and only these are errors of all.
+        if jax.process_count() == 1 or isinstance(
+            error, FloatingPointError | InterruptedError | TooManyReplaced
+        ):
             checkpoints.save(state)
         raise
     checkpoints.save(state)
@@ -333,7 +344,7 @@ def validate(run: Run, params: Mapping) -> dict[str, float]:
     }
 
 
-def _report(outcome: _Outcome, progress: Progress, *, line: int) -> None:
+def _report(outcome: _Outcome, progress: Progress, ledger: Ledger, *, line: int) -> None:
     """Records a step, and prints it every `line` steps; or stops the run over it."""
     with progress.stopwatch.timed("device"):
         losses = np.concatenate([np.asarray(part.losses) for part in outcome.parts])
@@ -352,6 +363,7 @@ def _report(outcome: _Outcome, progress: Progress, *, line: int) -> None:
     )
     shown = outcome.step == 1 or (line > 0 and outcome.step % line == 0)
     progress.step(outcome.step, values, line=shown, work=work)
+    ledger.count(len(tasks), values["records_replaced"])
 
 
 def _blame(outcome: _Outcome, norm: float) -> str:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -105,15 +105,20 @@ def prepare(config: ml_collections.ConfigDict) -> Run:
     )
     origin.check(model)
     mesh = make_mesh(**config.mesh)
-    check_rows(stage.rows, mesh)
-    check_heads(model.config, mesh)
-    if config.data.held_out:
-        check_rows(config.validation_rows, mesh)
+    check_mesh(config, model.config, mesh)
     encoder, data, held_out = prepare_data(config, origin, model.config)
     trainable, frozen = _weights(origin, model, stage, mesh)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), trainable)
     trainer = Trainer(model, stage, mesh, abstract)
     return Run(config, stage, trainer, origin, encoder, data, held_out, trainable, frozen)
+
+
+def check_mesh(config: ml_collections.ConfigDict, model: WeMMUConfig, mesh: Mesh) -> None:
+    """Raises ValueError naming the key, and what would work, if the mesh does not divide rows or heads."""
+    check_rows(config.batch.rows, mesh, key="batch.rows")
+    if config.data.held_out:
+        check_rows(config.validation_rows, mesh, key="validation_rows")
+    check_heads(model, mesh)
 
 
 def stage_sizes(
@@ -159,15 +164,11 @@ def prepare_data(
         process_count=jax.process_count(),
     )
     feeds = functools.partial(build_feeds, bad_share=fields.bad_share)
-    data = common(feeds=feeds(_entries(fields.sources)), rows=config.batch.rows)
+    data = common(feeds=feeds(fields.sources), rows=config.batch.rows)
     if not fields.held_out:
         return encoder, data, None
-    held_out = common(feeds=feeds(_entries(fields.held_out)), rows=config.validation_rows)
+    held_out = common(feeds=feeds(fields.held_out), rows=config.validation_rows)
     return encoder, data, held_out
-
-
-def _entries(sources: Sequence) -> list[dict | str]:
-    return [entry if isinstance(entry, str) else dict(entry) for entry in sources]
 
 
 def leaf_dtype(path: str, stage: Stage) -> jnp.dtype:
@@ -230,7 +231,7 @@ def _redrawn(params: Mapping, fresh: Mapping, stage: Stage) -> dict:
 
 
 def describe(run: Run) -> dict:
-    """What is printed before step 0: parameters of each part, mixture, batch, weights' origin."""
+    """What is printed before step 0: parameters of each part, mixture, buckets, batch, weights' origin."""
     parts = {}
     for name, tree in (("trainable", run.trainable), ("frozen", run.frozen)):
         for part, leaves in tree.items():
@@ -245,6 +246,14 @@ def describe(run: Run) -> dict:
         "trainable": count_parameters(run.trainable),
         "frozen": count_parameters(run.frozen),
         "mixture": {name: round(weight / total, 4) for name, weight in weights.items()},
+        "buckets": {
+            f"{own} sources": " ".join(
+                f"{bucket.height}x{bucket.width}"
+                for arity, bucket in run.data.shares
+                if arity == own
+            )
+            for own in dict.fromkeys(arity for arity, _ in run.data.shares)
+        },
         "batch": f"{run.stage.micro_batches} micro-batches x {run.stage.rows} rows = {run.stage.batch}"
         f" (the paper: {paper.batch})",
         "steps": f"{steps} (the paper: {paper.steps})",

@@ -60,9 +60,7 @@ def _sample_work(
     rows, columns = config.source_grid(bucket.height, bucket.width)
     sources = arity * rows * columns
     text = prompt - sources * (1 + bridge.vae_in_prompt)
-    flops = dict(sample_flops(config, bucket, arity=arity, text=text, learns=learns))
-    if cached:
-        del flops["DC-AE encode"]
+    flops = sample_flops(config, bucket, arity=arity, text=text, learns=learns, cached=cached)
     grid = config.query_grid(bucket.height, bucket.width)
     beside = sources if bridge.vae_stream is VAEStream.EXPERT else 0
     return Work(prompt + beside + grid[0] * grid[1], sum(flops.values()) / TERA)
