@@ -109,6 +109,7 @@ def test_hosts_can_tell_that_they_see_different_data(folder):
     found = identity(photos(folder))
     assert found.startswith("3 records, ") and found == identity(photos(folder))
     others = [
+        ({**CAPTION, "caption": "a red plan"}, EDIT, BOTH),
         (CAPTION, EDIT),
         (CAPTION, BOTH, EDIT),
         (CAPTION, {**EDIT, "image": "sub/c.png"}, BOTH),

@@ -93,7 +93,7 @@ def open_index(
         is_new = not building.exists()
         try:
             _build(format, captions, folder, building, processes, progress or _silent)
-        except Exception:
+        except (OSError, ValueError):
             # Hosts that share the folder may build together; who is done first takes the parts away.
             if not _is_there(folder):
                 raise

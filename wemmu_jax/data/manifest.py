@@ -21,8 +21,10 @@ def go_on(file: pathlib.Path, made_from: Mapping[str, Any], *, made: str) -> Non
     """
     wanted = json.loads(json.dumps(made_from))
     advice = "choose another folder or delete these files"
+    # Looked for first: whoever makes files has written the manifest before.
+    there = sorted(file.parent.glob(made))
     if not file.exists():
-        if there := sorted(file.parent.glob(made)):
+        if there:
             raise ValueError(
                 f"{there[0]} is there, but not {file.name}, which says what it was made from: {advice}"
             )

@@ -87,8 +87,8 @@ class IndexedSource:
         return self.index.conversations
 
     def identity(self) -> str:
-        """Equal for the same pictures in the same order; the texts, of which there may be gigabytes, are not read."""
-        return self.index.picture_identity
+        """Equal for the same keys, texts and pictures in the same order. Reads all texts once."""
+        return self.index.identity
 
     def problems(self) -> list[Problem]:
         """What of the set could not be a record."""

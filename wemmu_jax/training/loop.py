@@ -65,7 +65,8 @@ def train(
         check_workdir(workdir, config)
         run = prepare(config)
     _check_alike("weights", run.origin.described())
-    _check_alike("data sets", _data_identities(run))
+    if jax.process_count() > 1:  # what it costs is to read all texts
+        _check_alike("data sets", _data_identities(run))
     with contextlib.ExitStack() as stack:
         with together("taking the workdir"):
             if is_first():

@@ -1,5 +1,6 @@
 """Parquet files: BAGEL's, with the pictures' bytes in them, and ImgEdit's, with paths."""
 
+import abc
 import contextlib
 import dataclasses
 import functools
@@ -25,7 +26,7 @@ Columns = Mapping[str, pa.ChunkedArray]
 Cells = Mapping[str, pa.Scalar]
 
 
-class _Files:
+class _Files(abc.ABC):
     """Units are row groups."""
 
     def inputs(self) -> list[str]:
@@ -72,13 +73,13 @@ class _Files:
             except _MISFITS as error:
                 yield _misfit(f"{name}:{first + row + 1}", where, error)
 
+    @abc.abstractmethod
     def _columns(self, file: pq.ParquetFile, path: str, group: int) -> Columns:
         """What a scan needs of a row group. Raises ValueError or OSError, which name it."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _records(self, key: str, path: str, row: int, cells: Cells) -> Iterator[Entry | Problem]:
         """The records of a row. Raises one of _MISFITS: it is none."""
-        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Rows of a list in JSON, an array or an object a line, as units that are read independently."""
 
+import abc
 import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,7 @@ CHUNK = 20_000  # rows of a unit
 Find = Callable[[Any], Place]
 
 
-class Rows:
+class Rows(abc.ABC):
     """What data sets that are a list have in common: units of CHUNK rows, and one entry for each.
 
     Attributes:
@@ -23,13 +24,13 @@ class Rows:
 
     loose = True
 
+    @abc.abstractmethod
     def _lists(self) -> Sequence[tuple[str, str]]:
         """(list, root of its pictures)."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _entry(self, key: str, row: dict, find: Find) -> Entry:
         """The record of a row. Raises ValueError or OSError: it is none."""
-        raise NotImplementedError
 
     def _finder(self, root: str) -> Find:
         """Finds the pictures of a list; by default they are files below its root."""
