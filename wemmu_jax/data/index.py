@@ -148,7 +148,6 @@ class Index:
 
     Attributes:
       folder: where it lies.
-      sizes: int32[N, 2], (height, width) of each target; of a conversation's first picture, 1 x 1 where there is none.
       source_counts: uint8[N], the source pictures of each record.
       conversations: bool[N], which records are conversations.
     """
@@ -165,8 +164,7 @@ class Index:
         found = {name: len(column) for name, column in loaded.items()}
         if found != meta["rows"]:
             raise ValueError(f"{folder}: expected rows {meta['rows']}, found {found}: delete it")
-        self.sizes, self.source_counts = loaded["sizes"], loaded["source_counts"]
-        self.conversations = loaded["conversations"]
+        self.source_counts, self.conversations = loaded["source_counts"], loaded["conversations"]
         self._records, self._pictures = loaded["records"], loaded["pictures"]
         self._names_at, self._stamps, self._units = (
             loaded[name] for name in ("names", "stamps", "units")
@@ -178,6 +176,13 @@ class Index:
 
     def __len__(self) -> int:
         return len(self.source_counts)
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """int32[N, 2], (height, width) of each target; of a conversation's first picture, 1 x 1 where there is none.
+
+        Mapped anew: it is read once, as a whole, and its pages need not stay."""
+        return _load(self.folder / "sizes.npy")
 
     def key(self, index: int) -> str:
         """The name of a record."""
