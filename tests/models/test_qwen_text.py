@@ -312,7 +312,10 @@ def _call(**changes):
             "settled must be 0 to 10, found 11",
         ),
         (lambda: _call(settled=2), "settled is for Pattern.CAUSAL"),
-        (lambda: remat(DecoderStack, "everything"), "'everything'; the known ones are none, unrolled, full"),
+        (
+            lambda: remat(DecoderStack, "everything"),
+            "'everything'; the known ones are none, unrolled, full",
+        ),
     ],
 )
 def test_wrong_arguments_are_named(raises, message):
