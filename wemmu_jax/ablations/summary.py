@@ -12,8 +12,8 @@ from wemmu_jax.evaluation.baselines import baselines
 
 STAGES = ("stage3", "stage4")
 SIDE = 48
-# What the project wants of the shipped checkpoint: (task, least overall score after stage 4).
 _TASKS = ("T2I", "Uncond", "Rec", "S-Edit", "M-Edit")
+# What the project wants of the shipped checkpoint: task -> least overall score after stage 4.
 WANTED = {"T2I": 0.85, "S-Edit": 0.80, "Rec": 0.97, "M-Edit": 0.70, "chat": 0.95}
 
 

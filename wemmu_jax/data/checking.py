@@ -19,7 +19,7 @@ CHUNK = 256  # records that a process checks at a time
 # What other formats put where a picture goes; the prompt has places of its own, so these would be read as words.
 PLACEHOLDERS = ("<image>", "<gen_image>", "<|image_pad|>", "<|vision_start|>", "<img>")
 TRIED = 100  # records, before none is thought to serve a task
-LONG = 2000  # characters; about what 512 tokens hold
+LONG = 1000  # characters; about what the 256 tokens hold that a text is cut to, the chat template among them
 
 _DIGITS = str.maketrans("0123456789", "##########")
 
