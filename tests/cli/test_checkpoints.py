@@ -44,6 +44,20 @@ def test_convert_names_what_is_not_there(refused, backbones, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_solver_takes_the_shift_of_the_scheduler(converted, tmp_path):
+    shutil.copytree(converted, tmp_path / "copy")
+    file = tmp_path / "copy/sana/scheduler/scheduler_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "flow_shift": 2.5}))
+    assert WeMMU.without_weights(tmp_path / "copy").shift == 2.5
+    del config["flow_shift"]
+    file.write_text(json.dumps(config))
+    assert WeMMU.without_weights(tmp_path / "copy").shift == 3.0
+    file.write_text(json.dumps({**config, "flow_shift": "six"}))
+    with pytest.raises(ValueError, match=r"scheduler_config\.json: flow_shift: .* found 'six'"):
+        WeMMU.without_weights(tmp_path / "copy")
+
+
 def test_export_of_converted_weights(wemmu, converted, tmp_path, backbones):
     result = wemmu("export", "--checkpoint", converted, "--out", tmp_path / "out")
     assert result.code == 0, result.err

@@ -85,7 +85,7 @@ def test_edit_of_a_very_wide_picture(wemmu, workdir, tmp_path):
     result = wemmu("edit", "make it blue", *words, "--out", tmp_path)
     assert result.code == 0, result.err
     drawn = Image.open(tmp_path / "000-make-it-blue-seed0.png")
-    assert drawn.size == (96, 24)
+    assert drawn.size == (96, 32)
     assert drawn.text["images"] == json.dumps([str(tmp_path / "wide.png")])
     assert (drawn.text["image_guidance"], drawn.text["edit_guidance"]) == ("2.0", "3.0")
 
@@ -153,7 +153,7 @@ def test_broken_pictures(refused, workdir, tmp_path, kind, command):
         (["a " * 600], "expected at most 512 text tokens, found 6"),
         (
             ["x", "--height", "50"],
-            "multiples of 8, found 50 x 48; the nearest that works is 48 x 48",
+            "multiples of 16, found 50 x 48; the nearest that works is 48 x 48",
         ),
         (["x", "--height", "500", "--width", "64"], "the nearest that works is 496 x 64"),
         (["x", "--height", "1024"], "the learned tables end at 24"),

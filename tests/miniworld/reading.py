@@ -8,13 +8,13 @@ from typing import NamedTuple
 from wemmu_jax.miniworld.scene import BACKGROUNDS, COLOURS, PLACES, SHAPES, Object, Scene
 
 _COLOUR = "|".join(COLOURS)
-_PLACE = "|".join(sorted(PLACES, key=len, reverse=True))
+PLACE = "|".join(sorted(PLACES, key=len, reverse=True))
 _SHAPE = "|".join(SHAPES)
 _SOME = re.compile(
-    rf"\b(a|an|two|three|four) (?:({_COLOUR}) )?({_SHAPE})(?:e?s)?\b(?: (?:in|at) the ({_PLACE}))?"
+    rf"\b(a|an|two|three|four) (?:({_COLOUR}) )?({_SHAPE})(?:e?s)?\b(?: (?:in|at) the ({PLACE}))?"
 )
 _THE = re.compile(
-    rf"\bthe (?:({_COLOUR}) )?({_SHAPE}|shape)\b(?! of both)(?: (?:in|at) the ({_PLACE}))?"
+    rf"\bthe (?:({_COLOUR}) )?({_SHAPE}|shape)\b(?! of both)(?: (?:in|at) the ({PLACE}))?"
 )
 _NUMBERS = {"a": 1, "an": 1, "two": 2, "three": 3, "four": 4}
 
@@ -83,11 +83,11 @@ def carry_out(kind: str, text: str, scene: Scene) -> Scene:
         return dataclasses.replace(scene, background=background)
     if kind == "add":
         ((count, colour, shape, _),) = some(text)
-        (place,) = re.findall(rf"\b(?:in|at) the ({_PLACE})", text)
+        (place,) = re.findall(rf"\b(?:in|at) the ({PLACE})", text)
         assert count == 1
         return scene.add(Object(shape, colour, place))
     if kind == "move":
-        text, place = re.fullmatch(rf"(.*) to the ({_PLACE})", text).groups()
+        text, place = re.fullmatch(rf"(.*) to the ({PLACE})", text).groups()
         (item,) = those(text, scene)
         return scene.exchange(item, dataclasses.replace(item, place=place))
     (item,) = those(text, scene)
@@ -113,7 +113,7 @@ def carry_out_on_two(kind: str, text: str, first: Scene, second: Scene) -> Scene
         return first.add(*second.objects)
     if kind == "add":
         text, place = re.fullmatch(
-            rf"(.*?),? (?:in|at) the ({_PLACE})(?: of the first)?", text
+            rf"(.*?),? (?:in|at) the ({PLACE})(?: of the first)?", text
         ).groups()
         (lent,) = those(text, second)
         return first.add(dataclasses.replace(lent, place=place))

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from tests.miniworld.reading import carry_out, carry_out_on_two, is_so, some, those
+from tests.miniworld.reading import PLACE, carry_out, carry_out_on_two, is_so, some, those
 from wemmu_jax.miniworld import compositions, edits, questions
 from wemmu_jax.miniworld.compositions import draw_composition
 from wemmu_jax.miniworld.edits import draw_edit
@@ -140,7 +140,8 @@ def test_a_composition_joins_what_it_says(kind, split):
         assert meant.canonical == composition.target.canonical, composition
 
 
-def _answer(kind, text, scene):
+def _gist_and_places(kind, text, scene):
+    """What is asked for, and the objects whose places the answer is to tell."""
     if kind == "count":
         (noun,) = re.findall(r"(?:how many|count the) ([a-z ]*?s)\b(?: are| in|\?|$)", text)
         *colour, shape = noun.split()
@@ -149,10 +150,11 @@ def _answer(kind, text, scene):
             for o in scene.objects
             if colour in ([], [o.colour]) and shape in ("shapes", f"{o.shape}s", f"{o.shape}es")
         ]
-        return ("zero", "one", "two", "three", "four")[len(matching)]
+        return ("zero", "one", "two", "three", "four")[len(matching)], matching
     if kind == "existence":
         ((_, colour, shape, _),) = some(text)
-        return "yes" if any(o.name == f"{colour} {shape}" for o in scene.objects) else "no"
+        matching = [o for o in scene.objects if o.name == f"{colour} {shape}"]
+        return "yes" if matching else "no", matching
     if kind == "relation":
         a, b = those(text, scene)
         (word,) = _RELATION.findall(text)
@@ -163,13 +165,15 @@ def _answer(kind, text, scene):
             "below": "above",
         }
         assert is_so(a, word, b) or is_so(a, opposite[word], b)
-        return "yes" if is_so(a, word, b) else "no"
+        return "yes" if is_so(a, word, b) else "no", [a, b]
     if kind == "colour" and "background" in text:
-        return scene.background
+        return scene.background, []
     (item,) = those(text, scene)
     if kind == "place":
-        return f"{'in' if item.place == 'centre' else 'at'} the {item.place}"
-    return getattr(item, kind)
+        return f"{'in' if item.place == 'centre' else 'at'} the {item.place}", [item]
+    if kind == "shape":
+        return f"a {item.shape}", []
+    return item.colour, []
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -180,9 +184,18 @@ def test_answers_are_right_and_yes_and_no_balanced(kind, split):
     for _ in range(500):
         question = draw_question(rng, split, kind)
         assert question.scene.split == split
-        assert question.answer == _answer(kind, question.text, question.scene), question
-        assert not re.search(rf"\b{question.answer}\b", question.text.replace("yes or no", ""))
-        answers[question.answer] += 1
+        gist, told = _gist_and_places(kind, question.text, question.scene)
+        assert question.gist == gist and gist in question.answer, question
+        assert not re.search(rf"\b{gist}\b", question.text.replace("yes or no", ""))
+        if kind in ("count", "existence") and told:
+            assert re.findall(PLACE, question.answer) == [item.place for item in told], question
+        elif kind == "relation":
+            pattern = rf"is (?:at|in) the ({PLACE}) and .* (?:at|in) the ({PLACE}): (?:yes|no)$"
+            assert re.search(pattern, question.answer).groups() == tuple(o.place for o in told)
+        elif question.answer != gist:
+            subject, said = question.answer.rsplit(" is ", 1)
+            assert subject in question.text and said == gist
+        answers[gist] += 1
     if kind in ("relation", "existence"):
         assert set(answers) == {"yes", "no"} and 0.44 < answers["yes"] / 500 < 0.56
     elif kind == "count":

@@ -11,7 +11,6 @@ from wemmu_jax.evaluation.miniworld import (
     SPLIT,
     Case,
     Scores,
-    answers_match,
     asked_questions,
     cases,
     show,
@@ -50,7 +49,7 @@ BASELINES: dict[str, Callable[[Sequence[Case], np.random.Generator], Answers]] =
 def baselines(*, side: int, count: int, seed: int) -> dict[str, Scores]:
     """Baseline -> what `evaluate` would say of it on the same requests; pictures are drawn by the renderer.
 
-    Of questions there is one baseline, which ignores the picture: the commonest answer of each kind.
+    Of questions there is one baseline, which ignores the picture: the commonest gist of each kind.
     """
     scores: dict[str, Scores] = {name: {} for name in BASELINES}
     for task, drawing in DRAWING_TASKS.items():
@@ -65,14 +64,14 @@ def baselines(*, side: int, count: int, seed: int) -> dict[str, Scores]:
                     shares[kind] = float(np.mean(right))
             if shares:
                 scores[name][task] = with_overall(shares)
-    scores["picture ignored"] = {CHAT: with_overall(_commonest_answers(count=count, seed=seed))}
+    scores["picture ignored"] = {CHAT: with_overall(_commonest_gist(count=count, seed=seed))}
     return scores
 
 
-def _commonest_answers(*, count: int, seed: int) -> dict[str, float]:
+def _commonest_gist(*, count: int, seed: int) -> dict[str, float]:
     shares = {}
     for kind in questions.KINDS:
-        right = [question.answer for question in asked_questions(kind, count=count, seed=seed)]
+        right = [question.gist for question in asked_questions(kind, count=count, seed=seed)]
         (common, _), *_ = collections.Counter(right).most_common(1)
-        shares[kind] = float(np.mean([answers_match(common, answer) for answer in right]))
+        shares[kind] = float(np.mean([gist == common for gist in right]))
     return shares

@@ -194,7 +194,7 @@ def _answer(model: WeMMU, kind: str, *, count: int, seed: int) -> list[dict]:
     grades = []
     for asked in asked_questions(kind, count=count, seed=seed):
         picture = show(asked.scene, model.default_size)
-        answer = model.chat(asked.text, images=[picture], max_new_tokens=8)
+        answer = model.chat(asked.text, images=[picture], max_new_tokens=32)
         right = answers_match(answer, asked.answer)
         grades.append({"text": asked.text, "correct": right, "reason": answer})
     return grades

@@ -20,6 +20,7 @@ from wemmu_jax.data.prompts import RECONSTRUCTION_PROMPT
 from wemmu_jax.diffusion import guidance as guides
 from wemmu_jax.diffusion.guidance import Guidance
 from wemmu_jax.diffusion.solvers import Solver
+from wemmu_jax.files import read_object
 from wemmu_jax.inference.requests import (
     BranchInputs,
     DrawingRequest,
@@ -39,6 +40,7 @@ from wemmu_jax.training.origin import Origin
 
 # JAX takes a seed as 32 bits.
 SEEDS = 2**32
+SHIFT = 3.0  # of Sana, and where a scheduler's config says nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +53,7 @@ class WeMMU:
       requests: sizes, tokenizer and picture preprocessing.
       batch_size: how many pictures are drawn at a time; which pictures they are does not depend on it.
       solver: how the flow is integrated.
-      shift: moves the solver's times towards noise; Sana's 3.
+      shift: moves the solver's times towards noise; `flow_shift` of the DiT's scheduler, Sana's 3.
       identity: which weights these are, see `Origin.identity`; empty for weights that come from memory.
     """
 
@@ -60,7 +62,7 @@ class WeMMU:
     requests: RequestEncoder
     batch_size: int = 4
     solver: Solver = Solver.DPM_SOLVER_PP
-    shift: float = 3.0
+    shift: float = SHIFT
     identity: str = ""
 
     @classmethod
@@ -106,7 +108,8 @@ class WeMMU:
         cls, model: WeMMUModel, params: Mapping, backbones: str | pathlib.Path
     ) -> "WeMMU":
         """A model around weights that are in memory; `backbones` is the converted folder with the tokenizer."""
-        return cls(model, params, RequestEncoder.load(backbones, model.config))
+        requests = RequestEncoder.load(backbones, model.config)
+        return cls(model, params, requests, shift=_flow_shift(pathlib.Path(backbones)))
 
     @property
     def default_size(self) -> int:
@@ -313,6 +316,14 @@ class WeMMU:
             for pixels in inputs.pixels
         )
         return inputs.prompt, Sources(inputs.images, inputs.place, latents)
+
+
+def _flow_shift(backbones: pathlib.Path) -> float:
+    file = backbones / "sana/scheduler/scheduler_config.json"
+    shift = read_object(file).get("flow_shift", SHIFT) if file.exists() else SHIFT
+    if type(shift) not in (int, float) or not 0 < shift < math.inf:
+        raise ValueError(f"{file}: flow_shift: expected a finite number above 0, found {shift!r}")
+    return float(shift)
 
 
 def _checked_seed(seed: int) -> int:

@@ -33,6 +33,12 @@ def describe(scene: Scene) -> str:
     return f"{place_objects(scene)} on {with_article(scene.background)} background"
 
 
+def draw_description(rng: np.random.Generator, split: Split) -> Conversation:
+    """A picture, and all that is to be known of it."""
+    scene = draw_scene(rng, split)
+    return Conversation(((DESCRIBE.draw(rng, split), describe(scene)),), (scene,))
+
+
 def draw_conversation(
     rng: np.random.Generator, split: Split, *, pictures: int, turns: int
 ) -> Conversation:

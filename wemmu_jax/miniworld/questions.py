@@ -1,11 +1,24 @@
-"""Questions about a scene with short answers: a colour, a shape, a number word, a place, yes or no."""
+"""Questions about a scene: a colour, a shape, a number, a place, yes or no.
+
+Answers are short sentences that repeat what was asked about ("the star is red") and give the places that a number or
+a yes hangs on before it. A small model binds words to what stands beside them; a single word for an answer, far from
+the question's, it learns to guess.
+"""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from wemmu_jax.miniworld.language import NUMBERS, Phrases, at_place, plural, refer, with_article
+from wemmu_jax.miniworld.language import (
+    NUMBERS,
+    Phrases,
+    at_place,
+    listed,
+    plural,
+    refer,
+    with_article,
+)
 from wemmu_jax.miniworld.scene import (
     COLOURS,
     SHAPES,
@@ -27,15 +40,18 @@ _OPPOSITES = {
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """`text` asked about `scene`, and its one right `answer`."""
+    """`text` asked about `scene`, its one right `answer`, and the word or two of it that were asked for."""
 
     kind: str
     text: str
     answer: str
+    gist: str
     scene: Scene
 
 
-Asked = tuple[dict[str, str], str]  # the words that fill the question's blanks, and the answer
+Asked = tuple[
+    dict[str, str], str, str
+]  # words for the question's blanks, the gist, a pattern of the answer
 Asker = Callable[[Scene, np.random.Generator], Asked | None]
 
 
@@ -49,16 +65,23 @@ def _without_saying(scene: Scene, item: Object, field: str) -> list[str]:
     return ways
 
 
+def _places(items: Iterable[Object]) -> str:
+    """ "at the top left and in the centre"."""
+    return listed(at_place(item.place) for item in items)
+
+
 def _colour(scene: Scene, rng: np.random.Generator) -> Asked:
     if rng.integers(6) == 0:
-        return {"it": "the background"}, scene.background
+        return {"it": "the background"}, scene.background, "the background is {}"
     item = choose(rng, scene.objects)
-    return {"it": choose(rng, _without_saying(scene, item, "colour"))}, item.colour
+    it = choose(rng, _without_saying(scene, item, "colour"))
+    return {"it": it}, item.colour, f"{it} is {{}}"
 
 
 def _shape(scene: Scene, rng: np.random.Generator) -> Asked:
     item = choose(rng, scene.objects)
-    return {"it": choose(rng, _without_saying(scene, item, "shape"))}, item.shape
+    it = choose(rng, _without_saying(scene, item, "shape"))
+    return {"it": it}, with_article(item.shape), f"{it} is {{}}"
 
 
 def _count(scene: Scene, rng: np.random.Generator) -> Asked:
@@ -76,7 +99,12 @@ def _count(scene: Scene, rng: np.random.Generator) -> Asked:
             (f"{colour} {shape}", lambda o: o.shape == shape and o.colour == colour),
         ],
     )
-    return {"nouns": plural(noun)}, NUMBERS[sum(map(matches, scene.objects))]
+    found = [item for item in scene.objects if matches(item)]
+    return (
+        {"nouns": plural(noun)},
+        NUMBERS[len(found)],
+        f"{_places(found)}: {{}}" if found else "{}",
+    )
 
 
 def _relation(scene: Scene, rng: np.random.Generator) -> Asked | None:
@@ -93,47 +121,70 @@ def _relation(scene: Scene, rng: np.random.Generator) -> Asked | None:
         "relation": word if yes else _OPPOSITES[word],
         "that": refer(scene, b, rng),
     }
-    return words, "yes" if yes else "no"
+    places = f"{words['it']} is {at_place(a.place)} and {words['that']} {at_place(b.place)}"
+    return words, "yes" if yes else "no", f"{places}: {{}}"
 
 
 def _place(scene: Scene, rng: np.random.Generator) -> Asked | None:
     item = choose(rng, scene.objects)
     words, place = refer(scene, item, rng), at_place(item.place)
-    return None if place in words else ({"it": words}, place)
+    return None if place in words else ({"it": words}, place, f"{words} is {{}}")
 
 
 def _existence(scene: Scene, rng: np.random.Generator) -> Asked | None:
     """Half the answers are no; two thirds of those name a shape and a colour of which one is there."""
     item = choose(rng, scene.objects)
     if rng.integers(2):
-        return {"thing": with_article(item.name)}, "yes"
+        found = [other for other in scene.objects if other.name == item.name]
+        return {"thing": with_article(item.name)}, "yes", f"{{}}, {_places(found)}"
     shape, colour = choose(rng, SHAPES), choose(rng, COLOURS)
     name = choose(rng, (f"{item.colour} {shape}", f"{colour} {item.shape}", f"{colour} {shape}"))
     while name in {o.name for o in scene.objects}:
         name = f"{choose(rng, COLOURS)} {choose(rng, SHAPES)}"
-    return {"thing": with_article(name)}, "no"
+    return {"thing": with_article(name)}, "no", "{}"
 
 
 KINDS: dict[str, tuple[Asker, Phrases]] = {
     "colour": (
         _colour,
         Phrases(
-            ("what colour is {it}?", "what is the colour of {it}?", "{it} is which colour?"),
-            ("which colour is {it}?",),
+            (
+                "what colour is {it}?",
+                "what is the colour of {it}?",
+                "{it} is which colour?",
+                "in the image, what colour is {it}?",
+                "what colour is {it} in the image?",
+                "what is the colour of {it} in the image?",
+            ),
+            ("which colour is {it}?", "in the image, which colour is {it}?"),
         ),
     ),
     "shape": (
         _shape,
         Phrases(
-            ("what is {it}?", "what kind of shape is {it}?", "{it} is which kind of shape?"),
-            ("which kind of shape is {it}?",),
+            (
+                "what is {it}?",
+                "what kind of shape is {it}?",
+                "{it} is which kind of shape?",
+                "in the image, what is {it}?",
+                "what kind of shape is {it} in the image?",
+                "in the image, {it} is which kind of shape?",
+            ),
+            ("which kind of shape is {it}?", "which kind of shape is {it} in the image?"),
         ),
     ),
     "count": (
         _count,
         Phrases(
-            ("how many {nouns} are there?", "count the {nouns}", "the image has how many {nouns}?"),
-            ("how many {nouns} are in the image?",),
+            (
+                "how many {nouns} are there?",
+                "count the {nouns}",
+                "the image has how many {nouns}?",
+                "in the image, how many {nouns} are there?",
+                "count the {nouns} in the image",
+                "there are how many {nouns}?",
+            ),
+            ("how many {nouns} are in the image?", "in the image there are how many {nouns}?"),
         ),
     ),
     "relation": (
@@ -150,8 +201,15 @@ KINDS: dict[str, tuple[Asker, Phrases]] = {
     "place": (
         _place,
         Phrases(
-            ("where is {it}?", "at which place is {it}?", "{it} is at which place?"),
-            ("where in the image is {it}?",),
+            (
+                "where is {it}?",
+                "at which place is {it}?",
+                "{it} is at which place?",
+                "in the image, where is {it}?",
+                "where is {it} in the image?",
+                "{it} is where?",
+            ),
+            ("where in the image is {it}?", "at which place in the image is {it}?"),
         ),
     ),
     "existence": (
@@ -174,8 +232,9 @@ def ask(rng: np.random.Generator, split: Split, scene: Scene, kind: str) -> Ques
     asked = asker(scene, rng)
     if asked is None:
         return None
-    words, answer = asked
-    return Question(kind, phrases.draw(rng, split).format(**words), answer, scene)
+    words, gist, answer = asked
+    text = phrases.draw(rng, split).format(**words)
+    return Question(kind, text, answer.format(gist), gist, scene)
 
 
 def draw_question(rng: np.random.Generator, split: Split, kind: str | None = None) -> Question:

@@ -15,7 +15,7 @@ from wemmu_jax.miniworld.renderer import render
 from wemmu_jax.miniworld.scene import SPLITS, Scene, Split, draw_scene
 
 Kind = Literal["caption", "edit", "composition", "conversation"]
-TURNS = 5  # the most of a conversation
+TURNS = 4  # the most of a conversation
 Drawn = tuple[str, tuple[Scene, ...], Scene]  # text, sources, target
 
 

@@ -20,10 +20,10 @@ from wemmu_jax.tiny.loop import Recipe
 from wemmu_jax.tiny.pictures import batch_rng, draw_size
 from wemmu_jax.training.optimizer import OptimizerConfig
 
-ROWS, PHOTOGRAPHS, STEPS = 16, 2, 10_000  # rows of a batch, how many of them real
+ROWS, PHOTOGRAPHS, STEPS = 16, 2, 8000  # rows of a batch, how many of them real
 # The diffusion model's latents will be a little off; the decoder learns to bear that, and latents keep their
 # size, or they would outgrow the noise.
-LATENT_NOISE, LATENT_DECAY = 0.05, 1e-4
+LATENT_NOISE, LATENT_DECAY = 0.1, 1e-3
 HELD_OUT = 128
 
 
@@ -69,11 +69,12 @@ def recipe(_: pathlib.Path, *, seed: int, steps: int) -> Recipe:
         rows=ROWS,
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup=min(200, steps // 10), steps=steps),
         ema=0.999,
-        init=lambda key: model.init(key, jnp.zeros((1, 8, 8, 3)))["params"],
+        init=lambda key: model.init(key, jnp.zeros((1, 16, 16, 3)))["params"],
         frozen={},
         batch=batch,
         loss=loss,
         evaluate=functools.partial(_evaluate, model),
+        muon=True,
     )
 
 

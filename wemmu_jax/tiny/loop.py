@@ -12,13 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 
+from wemmu_jax.conversion.memory import flatten, nest
 from wemmu_jax.files import read_object, write_json
 from wemmu_jax.rng import Stream, stream_key
 from wemmu_jax.training.checkpoints import Checkpoints, differences, only_run
 from wemmu_jax.training.loop import StopOnSignal
 from wemmu_jax.training.metrics import Progress
-from wemmu_jax.training.optimizer import OptimizerConfig, make_optimizer
+from wemmu_jax.training.optimizer import OptimizerConfig, decayed, make_optimizer
 from wemmu_jax.training.state import TrainState
 
 Tree = Mapping[str, Any]
@@ -34,13 +36,14 @@ class Recipe:
       name: of the backbone.
       seed: everything random follows from it.
       rows: of a batch.
-      optimizer: AdamW and its schedule.
+      optimizer: the learning rate and its schedule, weight decay, clipping.
       ema: decay of the running mean of the weights, which is the result; 0 for the weights themselves.
       init: key -> fresh parameters, float32.
       frozen: other models' parameters that the loss needs.
       batch: step, from 1 -> the arrays of its batch; depends on nothing else.
       loss: (params, frozen, batch, key of the step) -> the loss and more scalars for the log.
       evaluate: params -> scores on held-out scenes.
+      muon: whether matrices learn by Muon instead of AdamW; these take far fewer steps to the same loss.
     """
 
     name: str
@@ -53,6 +56,7 @@ class Recipe:
     batch: Callable[[int], Tree]
     loss: Callable[[Tree, Tree, Tree, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
     evaluate: Callable[[Tree], dict[str, float]]
+    muon: bool = False
 
     def described(self) -> dict:
         """What must be equal for a run to be resumed."""
@@ -61,8 +65,45 @@ class Recipe:
             "seed": self.seed,
             "rows": self.rows,
             "ema": self.ema,
+            "muon": self.muon,
             "optimizer": dataclasses.asdict(self.optimizer),
         }
+
+    def make_optimizer(self) -> optax.GradientTransformation:
+        """Clipping, then AdamW or Muon with AdamW for all that is no matrix."""
+        if not self.muon:
+            return make_optimizer(self.optimizer)
+        config = self.optimizer
+        muon = optax.contrib.muon(
+            config.schedule(),
+            weight_decay=config.weight_decay,
+            weight_decay_mask=decayed,
+            adam_b1=config.b1,
+            adam_b2=config.b2,
+            muon_weight_dimension_numbers=_matrices,
+            consistent_rms=0.2,  # steps of AdamW's size, so that one learning rate serves both
+        )
+        clip = optax.identity() if config.clip is None else optax.clip_by_global_norm(config.clip)
+        return optax.chain(clip, muon)
+
+
+def _matrices(params: Tree) -> dict:
+    """Which axes of a kernel are multiplied; None for what is no matrix. Stacked layers are a matrix each, a dense
+    convolution is one of all that it sees at a place."""
+
+    def of(
+        path: str, leaf: jax.Array | optax.MaskedNode
+    ) -> optax.contrib.MuonDimensionNumbers | None:
+        shape = getattr(leaf, "shape", ())
+        if not path.endswith("/kernel"):
+            return None
+        if len(shape) in (2, 3):
+            return optax.contrib.MuonDimensionNumbers(-2, -1)
+        if len(shape) == 4 and shape[2] > 1:
+            return optax.contrib.MuonDimensionNumbers((0, 1, 2), 3)
+        return None
+
+    return nest({path: of(path, leaf) for path, leaf in flatten(params).items()})
 
 
 class _Batches:
@@ -90,7 +131,7 @@ def pretrain(recipe: Recipe, workdir: pathlib.Path) -> Tree:
       ValueError: `workdir` belongs to another recipe, whose differing keys are named.
     """
     _claim(workdir, recipe.described())
-    optimizer = make_optimizer(recipe.optimizer)
+    optimizer = recipe.make_optimizer()
 
     def create(key: jax.Array) -> TrainState:
         return TrainState.create(recipe.init(key), optimizer, ema=recipe.ema > 0)

@@ -42,10 +42,10 @@ from wemmu_jax.tiny.loop import Recipe
 from wemmu_jax.tiny.pictures import SIZES, batch_rng, draw_size
 from wemmu_jax.training.optimizer import OptimizerConfig
 
-ROWS, STEPS = 16, 24_000
+ROWS, STEPS = 32, 5000
 TEXT_LENGTH, READER_LAYERS = 64, 2
 UNCONDITIONAL_SHARE = 0.1
-SHIFT, GUIDANCE, SOLVER_STEPS = 3.0, 3.0, 20
+SHIFT, GUIDANCE, SOLVER_STEPS = 6.0, 3.0, 20
 HELD_OUT = 32  # prompts of each category
 
 
@@ -129,7 +129,7 @@ def recipe(root: pathlib.Path, *, seed: int, steps: int) -> Recipe:
     """Flow matching on the latents of drawn scenes."""
     config = WeMMUConfig.from_folder(root, BridgeConfig(**BRIDGE))
     rows = RowEncoder.load(root, config).sized([config.query_grid(*s) for s in SIZES], multiple=4)
-    painter = _Painter(WeMMUModel(config, dtype=jnp.float32, remat="full"), rows)
+    painter = _Painter(WeMMUModel(config, dtype=jnp.float32, remat="unrolled"), rows)
     frozen = {"dc_ae": load_backbone(DC_AE, root)}
 
     def loss(params: Mapping, frozen: Mapping, batch: Mapping, key: jax.Array):
@@ -156,13 +156,14 @@ def recipe(root: pathlib.Path, *, seed: int, steps: int) -> Recipe:
         name="sana",
         seed=seed,
         rows=ROWS,
-        optimizer=OptimizerConfig(learning_rate=1e-3, warmup=min(300, steps // 10), steps=steps),
+        optimizer=OptimizerConfig(learning_rate=2e-3, warmup=min(300, steps // 10), steps=steps),
         ema=0.999,
         init=painter.init,
         frozen=frozen,
         batch=batch,
         loss=loss,
         evaluate=functools.partial(_evaluate, painter, frozen),
+        muon=True,
     )
 
 
