@@ -49,9 +49,8 @@ class Question:
     scene: Scene
 
 
-Asked = tuple[
-    dict[str, str], str, str
-]  # words for the question's blanks, the gist, a pattern of the answer
+# Words for the question's blanks, the gist, and the answer with {} where the gist goes.
+Asked = tuple[dict[str, str], str, str]
 Asker = Callable[[Scene, np.random.Generator], Asked | None]
 
 

@@ -74,7 +74,6 @@ def recipe(_: pathlib.Path, *, seed: int, steps: int) -> Recipe:
         batch=batch,
         loss=loss,
         evaluate=functools.partial(_evaluate, model),
-        muon=True,
     )
 
 

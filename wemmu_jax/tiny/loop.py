@@ -20,7 +20,7 @@ from wemmu_jax.rng import Stream, stream_key
 from wemmu_jax.training.checkpoints import Checkpoints, differences, only_run
 from wemmu_jax.training.loop import StopOnSignal
 from wemmu_jax.training.metrics import Progress
-from wemmu_jax.training.optimizer import OptimizerConfig, decayed, make_optimizer
+from wemmu_jax.training.optimizer import OptimizerConfig, decayed
 from wemmu_jax.training.state import TrainState
 
 Tree = Mapping[str, Any]
@@ -43,7 +43,6 @@ class Recipe:
       batch: step, from 1 -> the arrays of its batch; depends on nothing else.
       loss: (params, frozen, batch, key of the step) -> the loss and more scalars for the log.
       evaluate: params -> scores on held-out scenes.
-      muon: whether matrices learn by Muon instead of AdamW; these take far fewer steps to the same loss.
     """
 
     name: str
@@ -56,7 +55,6 @@ class Recipe:
     batch: Callable[[int], Tree]
     loss: Callable[[Tree, Tree, Tree, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
     evaluate: Callable[[Tree], dict[str, float]]
-    muon: bool = False
 
     def described(self) -> dict:
         """What must be equal for a run to be resumed."""
@@ -65,26 +63,24 @@ class Recipe:
             "seed": self.seed,
             "rows": self.rows,
             "ema": self.ema,
-            "muon": self.muon,
             "optimizer": dataclasses.asdict(self.optimizer),
         }
 
-    def make_optimizer(self) -> optax.GradientTransformation:
-        """Clipping, then AdamW or Muon with AdamW for all that is no matrix."""
-        if not self.muon:
-            return make_optimizer(self.optimizer)
-        config = self.optimizer
-        muon = optax.contrib.muon(
-            config.schedule(),
-            weight_decay=config.weight_decay,
-            weight_decay_mask=decayed,
-            adam_b1=config.b1,
-            adam_b2=config.b2,
-            muon_weight_dimension_numbers=_matrices,
-            consistent_rms=0.2,  # steps of AdamW's size, so that one learning rate serves both
-        )
-        clip = optax.identity() if config.clip is None else optax.clip_by_global_norm(config.clip)
-        return optax.chain(clip, muon)
+
+def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Clipping, then Muon for matrices, which takes far fewer steps than AdamW, and Adam for all else, both with
+    Nesterov's momentum."""
+    muon = optax.contrib.muon(
+        config.schedule(),
+        weight_decay=config.weight_decay,
+        weight_decay_mask=decayed,
+        adam_b1=config.b1,
+        adam_b2=config.b2,
+        muon_weight_dimension_numbers=_matrices,
+        consistent_rms=0.2,  # steps of AdamW's size, so that one learning rate serves both
+    )
+    clip = optax.identity() if config.clip is None else optax.clip_by_global_norm(config.clip)
+    return optax.chain(clip, muon)
 
 
 def _matrices(params: Tree) -> dict:
@@ -131,7 +127,7 @@ def pretrain(recipe: Recipe, workdir: pathlib.Path) -> Tree:
       ValueError: `workdir` belongs to another recipe, whose differing keys are named.
     """
     _claim(workdir, recipe.described())
-    optimizer = recipe.make_optimizer()
+    optimizer = _muon(recipe.optimizer)
 
     def create(key: jax.Array) -> TrainState:
         return TrainState.create(recipe.init(key), optimizer, ema=recipe.ema > 0)

@@ -163,7 +163,6 @@ def recipe(root: pathlib.Path, *, seed: int, steps: int) -> Recipe:
         batch=batch,
         loss=loss,
         evaluate=functools.partial(_evaluate, painter, frozen),
-        muon=True,
     )
 
 

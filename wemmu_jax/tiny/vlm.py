@@ -126,7 +126,6 @@ def recipe(root: pathlib.Path, *, seed: int, steps: int) -> Recipe:
         batch=batch,
         loss=loss,
         evaluate=functools.partial(_evaluate, data, jax.jit(functools.partial(_right, model))),
-        muon=True,
     )
 
 
