@@ -3,9 +3,17 @@
 import numpy as np
 import pytest
 
-from wemmu_jax.miniworld.conversations import Conversation, corpus, describe, draw_conversation
+from wemmu_jax.miniworld.conversations import (
+    TELL,
+    Conversation,
+    corpus,
+    describe,
+    draw_conversation,
+    draw_statements,
+)
 from wemmu_jax.miniworld.scene import Object, Scene
 from wemmu_jax.models.qwen2_5_vl.answers import TARGET_WEIGHTS
+from wemmu_jax.tiny import vlm
 from wemmu_jax.tiny.backbones import write_configs
 from wemmu_jax.tiny.vlm import Conversations
 
@@ -77,5 +85,22 @@ def test_turns_that_do_not_fit_are_left_out(data):
 
 def test_the_gist_of_an_answer_is_one_token(data):
     """One that falls into pieces would make some kinds of questions harder than others."""
-    for word in (" red", " heart", " beige", " yes", "yes", " no", "no", "zero", " four"):
+    for word in (" red", " heart", " beige", " yes", " no", " zero", " four", " nowhere"):
         assert len(data.prompts.words(word)) == 1, word
+
+
+@pytest.mark.parametrize("pictures", [0, 1])
+def test_statements_are_answers_and_fit_their_row(data, pictures):
+    rng = np.random.default_rng(pictures)
+    rows = [
+        draw_statements(rng, "train", pictures=pictures, words=vlm.WORDS[pictures])
+        for _ in range(200)
+    ]
+    batch = data.encode(rows, (48, 48), text_length=vlm.STATEMENTS_LENGTH)
+    answers = batch["weights"] == TARGET_WEIGHTS["assistant"]
+    for row, tokens, mine in zip(rows, batch["tokens"], answers, strict=True):
+        ((asked, told),) = row.turns
+        statements = told.split(". ")
+        assert data.prompts.decode(tokens[mine]) == told and len(set(statements)) == len(statements)
+        assert 0 < len(told.split()) < vlm.WORDS[pictures]
+        assert (asked.endswith(TELL.train)) and (". " in asked) == (pictures == 0)

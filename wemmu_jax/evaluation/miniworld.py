@@ -103,9 +103,10 @@ def asked_questions(kind: str, *, count: int, seed: int) -> list[questions.Quest
     ]
 
 
-def answers_match(answer: str, right: str) -> bool:
-    """Whether they are the same but for case, blanks and a full stop."""
-    return answer.strip().strip(".").lower() == right.lower()
+def answers_question(answer: str, gist: str) -> bool:
+    """Whether the answer ends with what was asked for, as right ones do; case, blanks and a full stop do not count."""
+    said = answer.strip().strip(".").lower()
+    return f" {said}".endswith(f" {gist}")
 
 
 def evaluate(
@@ -195,6 +196,6 @@ def _answer(model: WeMMU, kind: str, *, count: int, seed: int) -> list[dict]:
     for asked in asked_questions(kind, count=count, seed=seed):
         picture = show(asked.scene, model.default_size)
         answer = model.chat(asked.text, images=[picture], max_new_tokens=32)
-        right = answers_match(answer, asked.answer)
+        right = answers_question(answer, asked.gist)
         grades.append({"text": asked.text, "correct": right, "reason": answer})
     return grades

@@ -2,7 +2,7 @@
 leads to."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -17,6 +17,7 @@ DESCRIBE = Phrases(
     ("describe the image", "what is in the image?", "what does the image show?"),
     ("what do we see in the image?",),
 )
+TELL = Phrases(("what is true of the image?", "tell what the image shows"), ("tell what is true",))
 EDIT_SHARE, DESCRIBE_SHARE = 0.2, 0.5
 
 
@@ -37,6 +38,21 @@ def draw_description(rng: np.random.Generator, split: Split) -> Conversation:
     """A picture, and all that is to be known of it."""
     scene = draw_scene(rng, split)
     return Conversation(((DESCRIBE.draw(rng, split), describe(scene)),), (scene,))
+
+
+def draw_statements(
+    rng: np.random.Generator, split: Split, *, pictures: int, words: int
+) -> Conversation:
+    """Up to `words` words of answers to questions that nobody asked, after a picture or a caption that tells all.
+
+    Each names things at random and says what holds of them: what a question asks for, many times in one row.
+    """
+    scene, answers = draw_scene(rng, split), []
+    while sum(len(answer.split()) for answer in answers) < words:
+        answers.append(_question(rng, split, scene)[1])
+    distinct = list(dict.fromkeys(answers[:-1]))
+    turn = (TELL.draw(rng, split), ". ".join(distinct))
+    return Conversation((turn,), (scene,)) if pictures else _told(rng, split, scene, [turn])
 
 
 def draw_conversation(
@@ -62,8 +78,15 @@ def draw_conversation(
         asked[-1] = (DESCRIBE.draw(rng, split), describe(scene))
     if pictures == 1:
         return Conversation(tuple(asked), (scene,))
+    return _told(rng, split, scene, asked)
+
+
+def _told(
+    rng: np.random.Generator, split: Split, scene: Scene, turns: Sequence[tuple[str, str]]
+) -> Conversation:
+    """`turns` after a caption that tells all of the scene, in place of its picture."""
     told = say("places and background", scene, place_objects(scene), rng, split)
-    (question, answer), *rest = asked
+    (question, answer), *rest = turns
     return Conversation(((f"{told}. {question}", answer), *rest))
 
 
@@ -84,3 +107,4 @@ def corpus(count: int = 3000) -> Iterator[str]:
         yield caption(draw_scene(rng, "train"), rng, "train")
         yield from ("system\nYou are a helpful assistant.", "user\n", "assistant\n")
         yield RECONSTRUCTION_PROMPT
+        yield choose(rng, TELL.train)

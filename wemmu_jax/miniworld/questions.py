@@ -1,12 +1,12 @@
 """Questions about a scene: a colour, a shape, a number, a place, yes or no.
 
-Answers are short sentences that repeat what was asked about ("the star is red") and give the places that a number or
-a yes hangs on before it. A small model binds words to what stands beside them; a single word for an answer, far from
-the question's, it learns to guess.
+Answers are statements that repeat what was asked about and end with what was asked for: "the star is red", "red shapes
+at the top left: one". What a number or a yes hangs on comes before it. A small model binds words to what stands beside
+them; a single word for an answer, far from the question's, it learns to guess.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -40,7 +40,7 @@ _OPPOSITES = {
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """`text` asked about `scene`, its one right `answer`, and the word or two of it that were asked for."""
+    """`text` asked about `scene`, its one right `answer`, and the words that were asked for, with which that ends."""
 
     kind: str
     text: str
@@ -64,9 +64,14 @@ def _without_saying(scene: Scene, item: Object, field: str) -> list[str]:
     return ways
 
 
-def _places(items: Iterable[Object]) -> str:
+def _places(items: Sequence[Object]) -> str:
     """ "at the top left and in the centre"."""
-    return listed(at_place(item.place) for item in items)
+    return listed(at_place(item.place) for item in items) if items else "nowhere"
+
+
+def _placed(words: str, item: Object) -> str:
+    """`words` for the object, with its place."""
+    return words if item.place in words else f"{words} {at_place(item.place)}"
 
 
 def _colour(scene: Scene, rng: np.random.Generator) -> Asked:
@@ -98,12 +103,8 @@ def _count(scene: Scene, rng: np.random.Generator) -> Asked:
             (f"{colour} {shape}", lambda o: o.shape == shape and o.colour == colour),
         ],
     )
-    found = [item for item in scene.objects if matches(item)]
-    return (
-        {"nouns": plural(noun)},
-        NUMBERS[len(found)],
-        f"{_places(found)}: {{}}" if found else "{}",
-    )
+    found, nouns = [item for item in scene.objects if matches(item)], plural(noun)
+    return {"nouns": nouns}, NUMBERS[len(found)], f"{nouns} {_places(found)}: {{}}"
 
 
 def _relation(scene: Scene, rng: np.random.Generator) -> Asked | None:
@@ -115,13 +116,11 @@ def _relation(scene: Scene, rng: np.random.Generator) -> Asked | None:
     if word is None:
         return None
     yes = bool(rng.integers(2))
-    words = {
-        "it": refer(scene, a, rng),
-        "relation": word if yes else _OPPOSITES[word],
-        "that": refer(scene, b, rng),
-    }
-    places = f"{words['it']} is {at_place(a.place)} and {words['that']} {at_place(b.place)}"
-    return words, "yes" if yes else "no", f"{places}: {{}}"
+    it, that = refer(scene, a, rng), refer(scene, b, rng)
+    asked = word if yes else _OPPOSITES[word]
+    words = {"it": it, "relation": asked, "that": that}
+    statement = f"{_placed(it, a)}, {asked} {_placed(that, b)}: {{}}"
+    return words, "yes" if yes else "no", statement
 
 
 def _place(scene: Scene, rng: np.random.Generator) -> Asked | None:
@@ -132,15 +131,14 @@ def _place(scene: Scene, rng: np.random.Generator) -> Asked | None:
 
 def _existence(scene: Scene, rng: np.random.Generator) -> Asked | None:
     """Half the answers are no; two thirds of those name a shape and a colour of which one is there."""
-    item = choose(rng, scene.objects)
-    if rng.integers(2):
-        found = [other for other in scene.objects if other.name == item.name]
-        return {"thing": with_article(item.name)}, "yes", f"{{}}, {_places(found)}"
+    item, there = choose(rng, scene.objects), bool(rng.integers(2))
     shape, colour = choose(rng, SHAPES), choose(rng, COLOURS)
     name = choose(rng, (f"{item.colour} {shape}", f"{colour} {item.shape}", f"{colour} {shape}"))
     while name in {o.name for o in scene.objects}:
         name = f"{choose(rng, COLOURS)} {choose(rng, SHAPES)}"
-    return {"thing": with_article(name)}, "no", "{}"
+    thing = with_article(item.name if there else name)
+    found = [o for o in scene.objects if there and o.name == item.name]
+    return {"thing": thing}, "yes" if there else "no", f"{thing} {_places(found)}: {{}}"
 
 
 KINDS: dict[str, tuple[Asker, Phrases]] = {

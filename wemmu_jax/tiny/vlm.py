@@ -21,6 +21,7 @@ from wemmu_jax.miniworld.conversations import (
     Conversation,
     draw_conversation,
     draw_description,
+    draw_statements,
 )
 from wemmu_jax.miniworld.questions import KINDS, draw_question
 from wemmu_jax.miniworld.sources import TURNS, conversation_record
@@ -35,8 +36,12 @@ from wemmu_jax.tiny.pictures import SIZES, batch_rng, draw_size
 from wemmu_jax.training.optimizer import OptimizerConfig
 
 ROWS, STEPS = 32, 5000
-DESCRIPTIONS = 600  # of the steps
-TEXT_LENGTH, DESCRIPTION_LENGTH = 152, 72
+DESCRIPTIONS, STATEMENTS = (
+    400,
+    1600,
+)  # the steps up to which there are only these, first the one, then the other
+WORDS = (36, 60)  # of a row of statements, without a picture and with one
+TEXT_LENGTH, DESCRIPTION_LENGTH, STATEMENTS_LENGTH = 152, 72, 128
 # Share of batches with none, one and two pictures.
 _ARITIES = (0.1, 0.8, 0.1)
 HELD_OUT = 64
@@ -104,8 +109,15 @@ def recipe(root: pathlib.Path, *, seed: int, steps: int) -> Recipe:
     def batch(step: int) -> dict[str, object]:
         rng = batch_rng(seed, step)
         if step <= DESCRIPTIONS:
-            described = [draw_description(rng, "train") for _ in range(ROWS)]
-            return data.encode(described, SIZES[0], text_length=DESCRIPTION_LENGTH)
+            drawn = [draw_description(rng, "train") for _ in range(ROWS)]
+            return data.encode(drawn, SIZES[0], text_length=DESCRIPTION_LENGTH)
+        if step <= STATEMENTS:
+            pictures = int(rng.random() < 0.8)
+            drawn = [
+                draw_statements(rng, "train", pictures=pictures, words=WORDS[pictures])
+                for _ in range(ROWS)
+            ]
+            return data.encode(drawn, SIZES[0], text_length=STATEMENTS_LENGTH)
         pictures = int(rng.choice(3, p=_ARITIES))
         size = draw_size(rng) if pictures == 1 else SIZES[0]
         drawn = [
