@@ -14,7 +14,7 @@ from wemmu_jax.tiny.backbones import load_backbone
 def test_the_card_tells_of_each_backbone_and_they_are_small():
     page = (BACKBONES / "README.md").read_text()
     told = [json.loads(file.read_text()) for file in BACKBONES.rglob("training.json")]
-    assert {one["backbone"] for one in told} >= {"dc-ae"}
+    assert {one["backbone"] for one in told} >= {"dc-ae", "sana"}
     assert all(one["command"] in page and f"{one['parameters']:,}" in page for one in told)
     assert sum(file.stat().st_size for file in BACKBONES.rglob("*") if file.is_file()) < 24e6
 
