@@ -7,7 +7,14 @@ import pytest
 from PIL import Image
 
 from wemmu_jax.evaluation.baselines import baselines
-from wemmu_jax.evaluation.miniworld import DRAWING_TASKS, TASKS, cases, evaluate, show
+from wemmu_jax.evaluation.miniworld import (
+    DRAWING_TASKS,
+    TASKS,
+    answers_question,
+    cases,
+    evaluate,
+    show,
+)
 
 
 class Copier:
@@ -62,3 +69,21 @@ def test_baselines():
     assert found["pictures shuffled"]["S-Edit"]["overall"] < 0.2
     assert found["words ignored"]["S-Edit"]["overall"] < 0.3
     assert 0.1 < found["picture ignored"]["chat"]["overall"] < 0.8
+
+
+@pytest.mark.parametrize(
+    ("answer", "gist", "right"),
+    [
+        ("the star is red", "red", True),
+        (" The star is RED. ", "red", True),
+        ("red", "red", True),
+        ("the star is blue", "red", False),
+        ("the red star is blue", "red", False),
+        ("a discoloured", "red", False),
+        ("red stars nowhere: zero", "zero", True),
+        ("the star is at the top left", "at the top right", False),
+        ("", "red", False),
+    ],
+)
+def test_an_answer_is_right_by_its_end(answer, gist, right):
+    assert answers_question(answer, gist) == right

@@ -26,7 +26,7 @@ def curves(
         axes.plot(steps, values, label=name, linewidth=1.2)
     axes.set(xlabel="optimizer step", ylabel=label)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside right upper", fontsize="small")
     _save(figure, path)
 
 

@@ -1,8 +1,7 @@
 """Questions about a scene: a colour, a shape, a number, a place, yes or no.
 
 Answers are statements that repeat what was asked about and end with what was asked for: "the star is red", "red shapes
-at the top left: one". What a number or a yes hangs on comes before it. A small model binds words to what stands beside
-them; a single word for an answer, far from the question's, it learns to guess.
+at the top left: one". What a number or a yes hangs on comes before it.
 """
 
 import dataclasses
@@ -150,10 +149,10 @@ KINDS: dict[str, tuple[Asker, Phrases]] = {
                 "what is the colour of {it}?",
                 "{it} is which colour?",
                 "in the image, what colour is {it}?",
-                "what colour is {it} in the image?",
+                "in the image, which colour is {it}?",
                 "what is the colour of {it} in the image?",
             ),
-            ("which colour is {it}?", "in the image, which colour is {it}?"),
+            ("which colour is {it}?", "what colour is {it} in the image?"),
         ),
     ),
     "shape": (
@@ -164,10 +163,10 @@ KINDS: dict[str, tuple[Asker, Phrases]] = {
                 "what kind of shape is {it}?",
                 "{it} is which kind of shape?",
                 "in the image, what is {it}?",
-                "what kind of shape is {it} in the image?",
-                "in the image, {it} is which kind of shape?",
+                "which kind of shape is {it} in the image?",
+                "in the image, what kind of shape is {it}?",
             ),
-            ("which kind of shape is {it}?", "which kind of shape is {it} in the image?"),
+            ("which kind of shape is {it}?", "what kind of shape is {it} in the image?"),
         ),
     ),
     "count": (
@@ -178,10 +177,10 @@ KINDS: dict[str, tuple[Asker, Phrases]] = {
                 "count the {nouns}",
                 "the image has how many {nouns}?",
                 "in the image, how many {nouns} are there?",
-                "count the {nouns} in the image",
+                "how many {nouns} are in the image?",
                 "there are how many {nouns}?",
             ),
-            ("how many {nouns} are in the image?", "in the image there are how many {nouns}?"),
+            ("count the {nouns} in the image", "in the image there are how many {nouns}?"),
         ),
     ),
     "relation": (
@@ -203,10 +202,10 @@ KINDS: dict[str, tuple[Asker, Phrases]] = {
                 "at which place is {it}?",
                 "{it} is at which place?",
                 "in the image, where is {it}?",
-                "where is {it} in the image?",
+                "at which place in the image is {it}?",
                 "{it} is where?",
             ),
-            ("where in the image is {it}?", "at which place in the image is {it}?"),
+            ("where in the image is {it}?", "where is {it} in the image?"),
         ),
     ),
     "existence": (

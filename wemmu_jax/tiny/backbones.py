@@ -18,9 +18,9 @@ from wemmu_jax.models.wemmu.modeling import WeMMUModel
 from wemmu_jax.rng import Stream, stream_key
 
 VOCABULARY = 1024
-# Columns turn by what the last section leaves them. As Qwen cuts a head they get the slowest frequencies, which with
-# heads of 32 is next to nothing; so they get most of them here, and texts keep some that hardly turn.
-ROPE = {"rope_theta": 1000.0, "rope_scaling": {"type": "mrope", "mrope_section": [1, 2, 13]}}
+# With heads of 32, what Qwen's theta of 1e6 and its sections leave for columns hardly turns at all. Here rows and
+# columns have pairs that tell neighbours apart, and texts keep some that are still after a hundred words.
+ROPE = {"rope_theta": 300.0, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 14]}}
 
 VLM_CONFIG = {
     "architectures": ["Qwen2_5_VLForConditionalGeneration"],

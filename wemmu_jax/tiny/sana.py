@@ -40,6 +40,7 @@ from wemmu_jax.models.wemmu.modeling import Condition, WeMMUModel
 from wemmu_jax.tiny.backbones import BRIDGE, DIT_CONFIG, load_backbone, save_backbone
 from wemmu_jax.tiny.loop import Recipe
 from wemmu_jax.tiny.pictures import SIZES, batch_rng, draw_size
+from wemmu_jax.tiny.positions import begin_with_positions
 from wemmu_jax.training.optimizer import OptimizerConfig
 
 ROWS, STEPS = 32, 5000
@@ -72,9 +73,10 @@ class _Painter:
         keys = jax.random.split(key, 3)
         one, place = jnp.zeros((1, 1), jnp.int32), jnp.zeros((3, 1, 1), jnp.int32)
         valid, hidden = jnp.ones((1, 1), bool), jnp.zeros((1, 1, self.model.width))
+        reader = self.reader.init(keys[1], one, place, valid=valid, method="score")["params"]
         return {
             "dit": self.model.init_backbones(keys[0])["dit"],
-            "reader": self.reader.init(keys[1], one, place, valid=valid, method="score")["params"],
+            "reader": begin_with_positions(reader, self.reader.config),
             "projection": self.projection.init(keys[2], hidden)["params"],
         }
 
