@@ -35,7 +35,7 @@ from wemmu_jax.tiny.pictures import SIZES, batch_rng, draw_size
 from wemmu_jax.tiny.positions import begin_with_positions
 from wemmu_jax.training.optimizer import OptimizerConfig
 
-ROWS, STEPS = 32, 4000
+ROWS, STEPS = 32, 3200
 # The steps up to which there are only descriptions, and from there on only statements.
 DESCRIPTIONS, STATEMENTS = 200, 500
 WORDS = (36, 60)  # of a row of statements, without a picture and with one
