@@ -5,24 +5,38 @@ import json
 import jax
 import numpy as np
 
-from wemmu_jax.conversion.backbones import DC_AE
+from wemmu_jax.conversion.backbones import DC_AE, VLM
 from wemmu_jax.shipped import BACKBONES
-from wemmu_jax.tiny import dc_ae
+from wemmu_jax.tiny import dc_ae, vlm
 from wemmu_jax.tiny.backbones import load_backbone
 
 
 def test_the_card_tells_of_each_backbone_and_they_are_small():
     page = (BACKBONES / "README.md").read_text()
     told = [json.loads(file.read_text()) for file in BACKBONES.rglob("training.json")]
-    assert {one["backbone"] for one in told} >= {"dc-ae", "sana"}
+    assert {one["backbone"] for one in told} == {"dc-ae", "sana", "vlm"}
     assert all(one["command"] in page and f"{one['parameters']:,}" in page for one in told)
     assert sum(file.stat().st_size for file in BACKBONES.rglob("*") if file.is_file()) < 24e6
 
 
+def _read(backbone):
+    """What the card tells of a backbone's scores, and its parameters in float32."""
+    told = json.loads((BACKBONES / backbone.folder / "training.json").read_text())["scores"]
+    params = load_backbone(backbone, BACKBONES)
+    return told, jax.tree.map(lambda leaf: leaf.astype(np.float32), params)
+
+
 def test_the_dc_ae_scores_what_the_card_says(monkeypatch):
     monkeypatch.setattr(dc_ae, "HELD_OUT", 32)
-    told = json.loads((BACKBONES / DC_AE.folder / "training.json").read_text())["scores"]
-    params = jax.tree.map(lambda leaf: leaf.astype(np.float32), load_backbone(DC_AE, BACKBONES))
+    told, params = _read(DC_AE)
     found = dc_ae.recipe(BACKBONES, seed=0, steps=10).evaluate(params)
     assert abs(found["psnr"] - told["psnr"]) < 1.0
     assert found["scene_kept"] >= 0.97
+
+
+def test_the_vlm_answers_as_the_card_says(monkeypatch):
+    monkeypatch.setattr(vlm, "HELD_OUT", 32)
+    told, params = _read(VLM)
+    found = vlm.recipe(BACKBONES, seed=0, steps=10).evaluate(params)
+    assert found.keys() == told.keys()
+    assert abs(found["mean"] - told["mean"]) < 0.05

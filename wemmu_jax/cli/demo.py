@@ -12,9 +12,9 @@ from PIL import Image
 STEPS = 50  # of each stage
 STAGES = ("stage1", "stage2", "stage3", "stage4")
 NOTE = (
-    "Everything here ran on this machine on the tiny preset. Its backbones are drawn at random and have learned "
-    "nothing before the four short stages, so the pictures are not good: what they show is that every part of the "
-    "road runs and that the losses fall."
+    "Everything here ran on this machine on the tiny preset. Its backbones come with the package and know miniworld; "
+    f"the bridge between them learned for four stages of {STEPS} steps, which is far too short for good pictures. What "
+    "they show is that every part of the road runs and that the losses fall."
 )
 
 
@@ -48,17 +48,14 @@ def _use_compilation_cache(folder: pathlib.Path) -> None:
 def _backbones(out: pathlib.Path, say: Callable[[str], None]) -> pathlib.Path:
     from wemmu_jax.conversion.convert import convert
     from wemmu_jax.demo.photographs import write_photographs
-    from wemmu_jax.miniworld.conversations import corpus
-    from wemmu_jax.tiny.backbones import write_backbones
+    from wemmu_jax.shipped import BACKBONES
 
     converted = out / "converted"
     if converted.exists():
         return converted
-    say("writing tiny backbones as Hugging Face folders, and photographs")
-    write_backbones(out / "huggingface", corpus(), seed=0)
+    say("writing photographs, converting the tiny backbones")
     write_photographs(out / "photographs")
-    say("converting them")
-    convert(str(out / "huggingface/vlm"), str(out / "huggingface/sana"), str(converted))
+    convert(str(BACKBONES / "vlm"), str(BACKBONES / "sana"), str(converted))
     return converted
 
 
@@ -94,8 +91,10 @@ def _train(
 
 def _draw(out: pathlib.Path, losses: dict[str, list[float]], say: Callable[[str], None]) -> None:
     from wemmu_jax.demo.gallery import write_gallery
-    from wemmu_jax.evaluation.miniworld import evaluate
+    from wemmu_jax.evaluation.miniworld import asked_questions, evaluate
+    from wemmu_jax.evaluation.miniworld import show as show_scene
     from wemmu_jax.inference.pipeline import WeMMU
+    from wemmu_jax.miniworld.questions import KINDS
     from wemmu_jax.miniworld.sources import MiniworldSource
 
     model = WeMMU.load(out / STAGES[-1], dtype="float32")
@@ -134,8 +133,10 @@ def _draw(out: pathlib.Path, losses: dict[str, list[float]], say: Callable[[str]
             for image in [show(captions[0].target), photograph]
         ],
         "Chat": [
-            (f"What is this? {model.chat('What is this?', images=[i], max_new_tokens=16)}", [i])
-            for i in [show(captions[0].target)]
+            (f"{q.text} {model.chat(q.text, images=[scene], max_new_tokens=32)}", [scene])
+            for kind in KINDS
+            for q in asked_questions(kind, count=1, seed=1)
+            for scene in [show_scene(q.scene, side)]
         ],
     }
     say("scoring on miniworld")
