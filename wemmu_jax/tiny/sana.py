@@ -2,6 +2,9 @@
 
 As Sana has a text encoder of its own, which knows nothing of Qwen2.5-VL, so this one learns with a small reader of
 captions and a linear layer to its caption width. Both are dropped afterwards; the bridge takes their place.
+
+Reader and DiT would have to find together how a place is spoken of, and do so late. So the DiT first reads the facts of
+each place from a table, and captions when it knows what to make of places.
 """
 
 import dataclasses
@@ -31,7 +34,7 @@ from wemmu_jax.diffusion.solvers import Solver, solve
 from wemmu_jax.miniworld.language import caption
 from wemmu_jax.miniworld.prompts import CATEGORIES, draw_prompt
 from wemmu_jax.miniworld.renderer import render
-from wemmu_jax.miniworld.scene import draw_scene
+from wemmu_jax.miniworld.scene import BACKGROUNDS, COLOURS, PLACES, SHAPES, Scene, draw_scene
 from wemmu_jax.miniworld.scorer import score_prompt
 from wemmu_jax.models.qwen2_5_vl.text import Pattern, TextModel
 from wemmu_jax.models.wemmu.config import BridgeConfig, WeMMUConfig
@@ -45,6 +48,8 @@ from wemmu_jax.training.optimizer import OptimizerConfig
 
 ROWS, STEPS = 32, 5000
 TEXT_LENGTH, READER_LAYERS = 64, 2
+# The steps up to which there are only facts, and the share of the rows that have them from there on.
+FACTS, FACTS_SHARE = 300, 0.25
 UNCONDITIONAL_SHARE = 0.1
 SHIFT, GUIDANCE, SOLVER_STEPS = 6.0, 3.0, 20
 HELD_OUT = 32  # prompts of each category
@@ -69,15 +74,19 @@ class _Painter:
         return nn.Dense(self.model.config.dit.caption_channels)
 
     def init(self, key: jax.Array) -> dict:
-        """`dit`, `reader` and `projection`."""
-        keys = jax.random.split(key, 3)
+        """`dit`, `reader`, `projection` and `facts`, a vector for each shape, colour, place and background."""
+        keys = jax.random.split(key, 4)
         one, place = jnp.zeros((1, 1), jnp.int32), jnp.zeros((3, 1, 1), jnp.int32)
         valid, hidden = jnp.ones((1, 1), bool), jnp.zeros((1, 1, self.model.width))
+        sizes = (1 + len(SHAPES), 1 + len(COLOURS), len(PLACES), len(BACKGROUNDS))
+        width = self.model.config.dit.caption_channels
+        facts = jax.random.normal(keys[3], (sum(sizes), width))
         reader = self.reader.init(keys[1], one, place, valid=valid, method="score")["params"]
         return {
             "dit": self.model.init_backbones(keys[0])["dit"],
             "reader": begin_with_positions(reader, self.reader.config),
             "projection": self.projection.init(keys[2], hidden)["params"],
+            "facts": facts,
         }
 
     def prompts(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
@@ -106,6 +115,19 @@ class _Painter:
         tokens = self.projection.apply({"params": params["projection"]}, hidden)
         return Condition(tokens, prompts["valid"])
 
+    def told(self, params: Mapping, batch: Mapping) -> Condition:
+        """The facts of each place where `by_facts`, the caption elsewhere."""
+        read = self.condition(params, batch)
+        rows, length = read.valid.shape
+        facts = jnp.sum(params["facts"][batch["facts"]], axis=2)
+        missing = length - facts.shape[1]
+        facts = jnp.pad(facts, ((0, 0), (0, missing), (0, 0)))
+        valid = jnp.broadcast_to(jnp.arange(length) < length - missing, (rows, length))
+        chosen = batch["by_facts"][:, None]
+        return Condition(
+            jnp.where(chosen[..., None], facts, read.tokens), jnp.where(chosen, valid, read.valid)
+        )
+
     @functools.partial(jax.jit, static_argnums=0)
     def paint(self, params: Mapping, frozen: Mapping, prompts: Mapping, key: jax.Array):
         """Pictures uint8[B, 48, 48, 3]; `prompts` holds B unconditional ones, then B captions."""
@@ -127,6 +149,21 @@ class _Painter:
         return self.model.decode(frozen, latents)
 
 
+def facts(scene: Scene) -> np.ndarray:
+    """int32[9, 4], for each place its shape, its colour, itself and the background, as rows of the table of facts; the
+    first shape and the first colour are none."""
+    places = {item.place: item for item in scene.objects}
+    colours, backgrounds = list(COLOURS), list(BACKGROUNDS)
+    rows = []
+    for number, place in enumerate(PLACES):
+        item = places.get(place)
+        shape = 0 if item is None else 1 + SHAPES.index(item.shape)
+        colour = 0 if item is None else 1 + colours.index(item.colour)
+        rows.append((shape, colour, number, backgrounds.index(scene.background)))
+    starts = np.cumsum([0, 1 + len(SHAPES), 1 + len(COLOURS), len(PLACES)])
+    return (np.array(rows) + starts).astype(np.int32)
+
+
 def recipe(root: pathlib.Path, *, seed: int, steps: int) -> Recipe:
     """Flow matching on the latents of drawn scenes."""
     config = WeMMUConfig.from_folder(root, BridgeConfig(**BRIDGE))
@@ -139,7 +176,7 @@ def recipe(root: pathlib.Path, *, seed: int, steps: int) -> Recipe:
         numbers = jnp.arange(len(clean), dtype=jnp.uint32)
         noise = draw_flow_noise(key, numbers, clean.shape[1:])
         sigma = draw_sigma(key, numbers, law=TimeLaw.LOGIT_NORMAL, shift=SHIFT)
-        condition = painter.condition(params, batch)
+        condition = painter.told(params, batch)
         noisy = noised(clean, noise, sigma)
         velocity = painter.model.paint(params, noisy, TIMESTEPS * sigma, condition)
         return jnp.mean(flow_matching(velocity, target_velocity(clean, noise))), {}
@@ -152,7 +189,9 @@ def recipe(root: pathlib.Path, *, seed: int, steps: int) -> Recipe:
         for row in np.flatnonzero(rng.random(ROWS) < UNCONDITIONAL_SHARE):
             texts[row] = UNCONDITIONAL_PROMPT
         pixels = np.stack([render(scene, *size) for scene in scenes])
-        return {"pixels": pixels, **painter.prompts(texts)}
+        by_facts = rng.random(ROWS) < (1.0 if step <= FACTS else FACTS_SHARE)
+        told = {"facts": np.stack([facts(scene) for scene in scenes]), "by_facts": by_facts}
+        return {"pixels": pixels, **painter.prompts(texts), **told}
 
     return Recipe(
         name="sana",
