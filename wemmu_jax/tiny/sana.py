@@ -4,7 +4,7 @@ As Sana has a text encoder of its own, which knows nothing of Qwen2.5-VL, so thi
 captions and a linear layer to its caption width. Both are dropped afterwards; the bridge takes their place.
 
 Reader and DiT would have to find together how a place is spoken of, and do so late. So the DiT first reads the facts of
-each place from a table, and captions when it knows what to make of places.
+each place from a table, and captions when it knows what to make of places; those first that tell all.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from wemmu_jax.diffusion.flow import (
 from wemmu_jax.diffusion.guidance import guided, request_guidance
 from wemmu_jax.diffusion.losses import flow_matching
 from wemmu_jax.diffusion.solvers import Solver, solve
-from wemmu_jax.miniworld.language import caption
+from wemmu_jax.miniworld.language import caption, place_objects, say
 from wemmu_jax.miniworld.prompts import CATEGORIES, draw_prompt
 from wemmu_jax.miniworld.renderer import render
 from wemmu_jax.miniworld.scene import BACKGROUNDS, COLOURS, PLACES, SHAPES, Scene, draw_scene
@@ -48,8 +48,9 @@ from wemmu_jax.training.optimizer import OptimizerConfig
 
 ROWS, STEPS = 32, 5000
 TEXT_LENGTH, READER_LAYERS = 64, 2
-# The steps up to which there are only facts, and the share of the rows that have them from there on.
-FACTS, FACTS_SHARE = 300, 0.25
+# The steps up to which there are only facts, and from there on only captions that tell all, beside facts in this share
+# of the rows to the end.
+FACTS, COMPLETE, FACTS_SHARE = 300, 800, 0.25
 UNCONDITIONAL_SHARE = 0.1
 SHIFT, GUIDANCE, SOLVER_STEPS = 6.0, 3.0, 20
 HELD_OUT = 32  # prompts of each category
@@ -185,7 +186,7 @@ def recipe(root: pathlib.Path, *, seed: int, steps: int) -> Recipe:
         rng = batch_rng(seed, step)
         size = draw_size(rng)
         scenes = [draw_scene(rng, "train") for _ in range(ROWS)]
-        texts = [caption(scene, rng, "train") for scene in scenes]
+        texts = [_caption(scene, rng, complete=step <= COMPLETE) for scene in scenes]
         for row in np.flatnonzero(rng.random(ROWS) < UNCONDITIONAL_SHARE):
             texts[row] = UNCONDITIONAL_PROMPT
         pixels = np.stack([render(scene, *size) for scene in scenes])
@@ -205,6 +206,12 @@ def recipe(root: pathlib.Path, *, seed: int, steps: int) -> Recipe:
         loss=loss,
         evaluate=functools.partial(_evaluate, painter, frozen),
     )
+
+
+def _caption(scene: Scene, rng: np.random.Generator, *, complete: bool) -> str:
+    if complete:
+        return say("places and background", scene, place_objects(scene), rng, "train")
+    return caption(scene, rng, "train")
 
 
 def _evaluate(painter: _Painter, frozen: Mapping, params: Mapping) -> dict[str, float]:
