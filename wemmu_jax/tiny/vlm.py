@@ -1,6 +1,6 @@
 """The tiny VLM: learns to describe scenes, then statements about them, then from conversations.
 
-Each phase makes the next one short: descriptions teach the eye, statements what holds of which of several objects.
+Descriptions teach the eye: from conversations alone, shapes were still guessed after 500 steps.
 """
 
 import functools
