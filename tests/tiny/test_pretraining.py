@@ -118,6 +118,12 @@ def test_a_workdir_of_another_recipe_is_refused(tmp_path):
         pretrain(line(seed=1), tmp_path)
 
 
+def test_rows_that_the_devices_do_not_divide_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="8 devices do not divide the 6 rows"):
+        pretrain(dataclasses.replace(line(), rows=6), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 def test_saved_backbones_are_read_back_bit_for_bit(tmp_path):
     write_backbones(tmp_path, ["a red circle"] * 10, seed=3)
     convert(str(tmp_path / "vlm"), str(tmp_path / "sana"), str(tmp_path / "converted"))

@@ -13,10 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import optax.contrib
+from jax.sharding import Mesh
 
 from wemmu_jax.conversion.memory import flatten, nest
 from wemmu_jax.files import read_object, write_json
 from wemmu_jax.rng import Stream, stream_key
+from wemmu_jax.sharding.mesh import make_mesh
+from wemmu_jax.sharding.rules import replicated
+from wemmu_jax.training.batch import on_devices
 from wemmu_jax.training.checkpoints import Checkpoints, differences, only_run
 from wemmu_jax.training.loop import StopOnSignal
 from wemmu_jax.training.metrics import Progress
@@ -116,7 +120,8 @@ class _Batches:
 
 
 def pretrain(recipe: Recipe, workdir: pathlib.Path) -> Tree:
-    """Trains to the last step, from the latest checkpoint in `workdir` if there is one.
+    """Trains to the last step, from the latest checkpoint in `workdir` if there is one; rows over all devices, of
+    which JAX_NUM_CPU_DEVICES makes several of a CPU's cores.
 
     Returns:
       The parameters.
@@ -124,8 +129,12 @@ def pretrain(recipe: Recipe, workdir: pathlib.Path) -> Tree:
     Raises:
       FloatingPointError: the loss was not finite; names the step.
       InterruptedError: SIGTERM came; the state was saved and the same call goes on from there.
-      ValueError: `workdir` belongs to another recipe, whose differing keys are named.
+      ValueError: `workdir` belongs to another recipe, whose differing keys are named; or the devices do not divide the
+        rows.
     """
+    mesh = make_mesh()
+    if recipe.rows % mesh.size:
+        raise ValueError(f"{mesh.size} devices do not divide the {recipe.rows} rows of a batch")
     _claim(workdir, recipe.described())
     optimizer = _muon(recipe.optimizer)
 
@@ -139,20 +148,21 @@ def pretrain(recipe: Recipe, workdir: pathlib.Path) -> Tree:
         stop = stack.enter_context(StopOnSignal())
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, keep=2)))
         if checkpoints.latest is None:
-            state = jax.jit(create)(key)
+            state = jax.jit(create, out_shardings=replicated(mesh))(key)
         else:
-            state = checkpoints.restore(_on_this_device(jax.eval_shape(create, key)))
+            state = checkpoints.restore(_abstract(jax.eval_shape(create, key), mesh))
             print(f"resumed at step {int(state.step)}", flush=True)
         start = int(state.step)
         progress = Progress(workdir, steps=steps, batch=recipe.rows, start=start, writes=True)
         stack.enter_context(contextlib.closing(progress))
-        update = _compiled(recipe, optimizer)
+        update = _compiled(recipe, optimizer, mesh)
+        frozen = jax.device_put(recipe.frozen, replicated(mesh))
         options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=AHEAD)
         batches = iter(
             grain.MapDataset.source(_Batches(recipe.batch))[start:].to_iter_dataset(options)
         )
         for step in range(start + 1, steps + 1):
-            state, values = update(state, recipe.frozen, next(batches))
+            state, values = update(state, frozen, on_devices(next(batches), mesh))
             if step % EVERY_LINE == 0 or step in (1, steps):
                 values = {name: float(value) for name, value in values.items()}
                 if not np.isfinite(values["loss"]):
@@ -164,11 +174,11 @@ def pretrain(recipe: Recipe, workdir: pathlib.Path) -> Tree:
             if stopping:
                 raise InterruptedError(f"stopped at step {step}; the same command goes on")
             if step % EVERY_EVALUATION == 0:
-                _report(progress, step, recipe.evaluate(state.ema or state.params))
+                _report(progress, step, recipe.evaluate(jax.device_get(state.ema or state.params)))
     return jax.device_get(state.ema or state.params)
 
 
-def _compiled(recipe: Recipe, optimizer: optax.GradientTransformation):
+def _compiled(recipe: Recipe, optimizer: optax.GradientTransformation, mesh: Mesh):
     """(state, frozen, batch) -> the next state, which takes over the old one's buffers, and what is logged."""
     root = jax.random.fold_in(jax.random.key(recipe.seed), Stream.FLOW_NOISE)
 
@@ -186,13 +196,13 @@ def _compiled(recipe: Recipe, optimizer: optax.GradientTransformation):
         values = {"loss": loss, "gradient_norm": optax.global_norm(gradients), **more}
         return TrainState(state.step + 1, params, opt_state, ema), values
 
-    return jax.jit(update, donate_argnums=0)
+    return jax.jit(update, donate_argnums=0, out_shardings=replicated(mesh))
 
 
-def _on_this_device(abstract: TrainState) -> TrainState:
-    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+def _abstract(shapes: TrainState, mesh: Mesh) -> TrainState:
+    place = replicated(mesh)
     return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes
     )
 
 

@@ -50,7 +50,7 @@ ROWS, STEPS = 32, 5000
 TEXT_LENGTH, READER_LAYERS = 64, 2
 # The steps up to which there are only facts, and from there on only captions that tell all, beside facts in this share
 # of the rows to the end.
-FACTS, COMPLETE, FACTS_SHARE = 300, 800, 0.25
+FACTS, COMPLETE, FACTS_SHARE = 500, 1300, 0.25
 UNCONDITIONAL_SHARE = 0.1
 SHIFT, GUIDANCE, SOLVER_STEPS = 6.0, 3.0, 20
 HELD_OUT = 32  # prompts of each category
@@ -198,7 +198,7 @@ def recipe(root: pathlib.Path, *, seed: int, steps: int) -> Recipe:
         name="sana",
         seed=seed,
         rows=ROWS,
-        optimizer=OptimizerConfig(learning_rate=2e-3, warmup=min(300, steps // 10), steps=steps),
+        optimizer=OptimizerConfig(learning_rate=2e-3, warmup=min(100, steps // 10), steps=steps),
         ema=0.999,
         init=painter.init,
         frozen=frozen,

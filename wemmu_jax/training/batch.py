@@ -100,7 +100,7 @@ def batch_shardings(tree: Host, mesh: Mesh) -> Host:
     """Where the leaves of a micro-batch lie: rows over all devices."""
 
     def one(path: tuple, leaf: np.ndarray) -> NamedSharding:
-        name = path[-1].name if hasattr(path[-1], "name") else ""
+        name = getattr(path[-1], "name", getattr(path[-1], "key", ""))
         if name == "number":
             return replicated(mesh)
         return rows_sharding(mesh, axis=1 if name == "position_ids" else 0)
