@@ -11,7 +11,7 @@ import pytest
 from wemmu_jax.miniworld import scene as world
 from wemmu_jax.miniworld.renderer import RADIUS, place_middle, render
 from wemmu_jax.miniworld.scene import Object, Scene, random_scene
-from wemmu_jax.miniworld.sources import KINDS, MiniworldSource
+from wemmu_jax.miniworld.sources import KINDS, SHARES, MiniworldSource
 
 
 def _pictures(record):
@@ -76,7 +76,9 @@ def test_one_scene_in_ten_is_held_out():
 def test_records_are_a_pure_function_of_their_number(kind):
     source = MiniworldSource(kind, seed=3, size=1000, split="train")
     again = pickle.loads(pickle.dumps(source))
-    assert len(again) == 1000 and again.sizes() is None
+    assert len(again) == 1000
+    np.testing.assert_array_equal(source.sizes(), again.sizes())
+    assert (source.sizes()[:, 0] == source.sizes()[:, 1]).mean() == pytest.approx(SHARES[0], abs=0.05)
     for i in (0, 17, 999):
         record, same = source[i], again[i]
         assert record.key == same.key == f"miniworld/{kind}/train/3/{i}"

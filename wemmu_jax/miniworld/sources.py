@@ -16,6 +16,9 @@ from wemmu_jax.miniworld.scene import SPLITS, Scene, Split, draw_scene
 
 Kind = Literal["caption", "edit", "composition", "conversation"]
 TURNS = 4  # the most of a conversation
+# (height, width) of a scene as such, and the shares of these: squares most of the time, for a model of few pixels has
+# to learn each shape on its own.
+SIZES, SHARES = ((48, 48), (32, 64), (64, 32)), (0.6, 0.2, 0.2)
 Drawn = tuple[str, tuple[Scene, ...], Scene]  # text, sources, target
 
 
@@ -78,9 +81,10 @@ class MiniworldSource:
         text, sources, target = _DRAW[self.kind](rng, self.split)
         return Record(key, text, tuple(map(_picture, sources)), _picture(target))
 
-    def sizes(self) -> None:
-        """A miniworld picture can be had at any size."""
-        return None
+    def sizes(self) -> np.ndarray:
+        """int32[N, 2], one of `SIZES` each, for the buckets; a scene is drawn at whatever size is asked for."""
+        chosen = np.random.default_rng(self.seed).choice(len(SIZES), self.size, p=SHARES)
+        return np.array(SIZES, np.int32)[chosen]
 
     def conversations(self) -> np.ndarray:
         """bool[N]: all of that kind, none of another."""

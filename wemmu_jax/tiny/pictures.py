@@ -2,9 +2,7 @@
 
 import numpy as np
 
-# The tiny preset's buckets; squares most of the time.
-SIZES = ((48, 48), (32, 64), (64, 32))
-_SHARES = (0.6, 0.2, 0.2)
+from wemmu_jax.miniworld.sources import SHARES, SIZES
 
 
 def batch_rng(seed: int, step: int) -> np.random.Generator:
@@ -14,4 +12,4 @@ def batch_rng(seed: int, step: int) -> np.random.Generator:
 
 def draw_size(rng: np.random.Generator) -> tuple[int, int]:
     """(height, width) of all pictures of a batch."""
-    return SIZES[rng.choice(len(SIZES), p=_SHARES)]
+    return SIZES[rng.choice(len(SIZES), p=SHARES)]

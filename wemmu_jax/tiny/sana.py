@@ -36,13 +36,14 @@ from wemmu_jax.miniworld.prompts import CATEGORIES, draw_prompt
 from wemmu_jax.miniworld.renderer import render
 from wemmu_jax.miniworld.scene import BACKGROUNDS, COLOURS, PLACES, SHAPES, Scene, draw_scene
 from wemmu_jax.miniworld.scorer import score_prompt
+from wemmu_jax.miniworld.sources import SIZES
 from wemmu_jax.models.qwen2_5_vl.text import Pattern, TextModel
 from wemmu_jax.models.wemmu.config import BridgeConfig, WeMMUConfig
 from wemmu_jax.models.wemmu.inputs import RowEncoder
 from wemmu_jax.models.wemmu.modeling import Condition, WeMMUModel
 from wemmu_jax.tiny.backbones import BRIDGE, DIT_CONFIG, load_backbone, save_backbone
 from wemmu_jax.tiny.loop import Recipe
-from wemmu_jax.tiny.pictures import SIZES, batch_rng, draw_size
+from wemmu_jax.tiny.pictures import batch_rng, draw_size
 from wemmu_jax.tiny.positions import begin_with_positions
 from wemmu_jax.training.optimizer import OptimizerConfig
 

@@ -23,7 +23,7 @@ from wemmu_jax.miniworld.conversations import (
     draw_statements,
 )
 from wemmu_jax.miniworld.questions import KINDS, draw_question
-from wemmu_jax.miniworld.sources import TURNS, conversation_record
+from wemmu_jax.miniworld.sources import SIZES, TURNS, conversation_record
 from wemmu_jax.models.qwen2_5_vl.answers import TARGET_WEIGHTS
 from wemmu_jax.models.qwen2_5_vl.text import Pattern
 from wemmu_jax.models.wemmu.config import BridgeConfig, WeMMUConfig
@@ -31,7 +31,7 @@ from wemmu_jax.models.wemmu.inputs import RowEncoder
 from wemmu_jax.models.wemmu.modeling import WeMMUModel
 from wemmu_jax.tiny.backbones import BRIDGE, save_backbone
 from wemmu_jax.tiny.loop import Recipe
-from wemmu_jax.tiny.pictures import SIZES, batch_rng, draw_size
+from wemmu_jax.tiny.pictures import batch_rng, draw_size
 from wemmu_jax.tiny.positions import begin_with_positions
 from wemmu_jax.training.optimizer import OptimizerConfig
 

@@ -124,7 +124,7 @@ def _parts(data: list[MicroBatches], encoder: RowEncoder) -> Iterator[Work]:
     for one in data:
         for pool in one.pools:
             source = one.feeds[pool.feed].source
-            if pool.any_size:
+            if not isinstance(source, IndexedSource):
                 name = one.feeds[pool.feed].name
                 raise ValueError(f"data set {name!r}: its pictures are drawn, not stored")
             for bucket, members in zip(one.buckets, pool.members, strict=True):
