@@ -11,6 +11,7 @@ from wemmu_jax.miniworld.compositions import draw_composition
 from wemmu_jax.miniworld.conversations import Conversation, draw_conversation
 from wemmu_jax.miniworld.edits import draw_edit
 from wemmu_jax.miniworld.language import caption
+from wemmu_jax.miniworld.prompts import draw_prompt
 from wemmu_jax.miniworld.renderer import render
 from wemmu_jax.miniworld.scene import SPLITS, Scene, Split, draw_scene
 
@@ -23,6 +24,10 @@ Drawn = tuple[str, tuple[Scene, ...], Scene]  # text, sources, target
 
 
 def _caption(rng: np.random.Generator, split: Split) -> Drawn:
+    # Chance gives few scenes that can be counted, or of which one relation is told: half are of GenEval's kinds.
+    if rng.random() < 0.5:
+        prompt, scene = draw_prompt(rng, split)
+        return prompt.text, (), scene
     scene = draw_scene(rng, split)
     return caption(scene, rng, split), (), scene
 
