@@ -78,7 +78,9 @@ def test_records_are_a_pure_function_of_their_number(kind):
     again = pickle.loads(pickle.dumps(source))
     assert len(again) == 1000
     np.testing.assert_array_equal(source.sizes(), again.sizes())
-    assert (source.sizes()[:, 0] == source.sizes()[:, 1]).mean() == pytest.approx(SHARES[0], abs=0.05)
+    assert (source.sizes()[:, 0] == source.sizes()[:, 1]).mean() == pytest.approx(
+        SHARES[0], abs=0.05
+    )
     for i in (0, 17, 999):
         record, same = source[i], again[i]
         assert record.key == same.key == f"miniworld/{kind}/train/3/{i}"

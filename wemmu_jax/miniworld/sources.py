@@ -24,7 +24,7 @@ Drawn = tuple[str, tuple[Scene, ...], Scene]  # text, sources, target
 
 
 def _caption(rng: np.random.Generator, split: Split) -> Drawn:
-    # Chance gives few scenes that can be counted, or of which one relation is told: half are of GenEval's kinds.
+    # Left to chance, few captions tell a relation or count shapes: half are of GenEval's kinds.
     if rng.random() < 0.5:
         prompt, scene = draw_prompt(rng, split)
         return prompt.text, (), scene
