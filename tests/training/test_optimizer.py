@@ -11,6 +11,7 @@ from wemmu_jax.conversion.memory import flatten
 from wemmu_jax.training.curriculum import ALL_BUT_VLM_LEARN, BRIDGE_LEARNS
 from wemmu_jax.training.optimizer import (
     FreezeRule,
+    Method,
     OptimizerConfig,
     count_parameters,
     decayed,
@@ -168,3 +169,33 @@ def test_clipping():
         moments[clip] = float(optax.tree_utils.tree_get(state, "mu")["layer"]["kernel"][0, 0])
     assert moments[1.0] == pytest.approx(0.1 * 3 / 6)
     assert moments[12.0] == moments[None] == pytest.approx(0.1 * 3)
+
+
+def test_matrices_step_by_muon_and_nothing_else():
+    """A Muon step moves a matrix alike in all directions: its singular values are nearly equal."""
+    shapes = {
+        "dense": (6, 4),
+        "stacked": (2, 6, 4),
+        "conv": (3, 3, 2, 4),
+        "depthwise": (3, 3, 1, 4),
+    }
+    keys = iter(jax.random.split(jax.random.key(0), 8))
+    params = {name: {"kernel": jax.random.normal(next(keys), s)} for name, s in shapes.items()}
+    params["embed"] = {"embedding": jax.random.normal(next(keys), (6, 4))}
+    gradients = jax.tree.map(lambda leaf: leaf * abs(leaf), params)
+    config = OptimizerConfig(
+        0.1, warmup=0, steps=10, weight_decay=0.0, clip=None, method=Method.MUON
+    )
+    optimizer = make_optimizer(config)
+    steps, _ = optimizer.update(gradients, optimizer.init(params), params)
+
+    def spread(step):
+        values = np.linalg.svd(np.asarray(step).reshape(-1, 4), compute_uv=False)
+        return values.max() / values.min()
+
+    moved = {name: next(iter(leaves.values())) for name, leaves in steps.items()}
+    matrices = [moved["dense"], *moved["stacked"], moved["conv"]]
+    assert max(map(spread, matrices)) < 2
+    for name in ("depthwise", "embed"):  # Adam's first step has one size everywhere
+        assert np.ptp(np.abs(moved[name])) < 1e-5
+    assert np.ptp(np.abs(moved["dense"])) > 0.01

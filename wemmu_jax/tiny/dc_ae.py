@@ -18,7 +18,7 @@ from wemmu_jax.models.dc_ae import DCAE, DCAEConfig
 from wemmu_jax.tiny.backbones import DC_AE_CONFIG, save_backbone
 from wemmu_jax.tiny.loop import Recipe
 from wemmu_jax.tiny.pictures import batch_rng, draw_size
-from wemmu_jax.training.optimizer import OptimizerConfig
+from wemmu_jax.training.optimizer import Method, OptimizerConfig
 
 ROWS, PHOTOGRAPHS, STEPS = 16, 2, 8000  # rows of a batch, how many of them real
 # The diffusion model's latents will be a little off; the decoder learns to bear that, and latents keep their
@@ -67,7 +67,9 @@ def recipe(_: pathlib.Path, *, seed: int, steps: int) -> Recipe:
         name="dc-ae",
         seed=seed,
         rows=ROWS,
-        optimizer=OptimizerConfig(learning_rate=2e-3, warmup=min(200, steps // 10), steps=steps),
+        optimizer=OptimizerConfig(
+            learning_rate=2e-3, warmup=min(200, steps // 10), steps=steps, method=Method.MUON
+        ),
         ema=0.999,
         init=lambda key: model.init(key, jnp.zeros((1, 16, 16, 3)))["params"],
         frozen={},

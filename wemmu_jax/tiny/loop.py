@@ -12,10 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import optax.contrib
 from jax.sharding import Mesh
 
-from wemmu_jax.conversion.memory import flatten, nest
 from wemmu_jax.files import read_object, write_json
 from wemmu_jax.rng import Stream, stream_key
 from wemmu_jax.sharding.mesh import make_mesh
@@ -24,7 +22,7 @@ from wemmu_jax.training.batch import on_devices
 from wemmu_jax.training.checkpoints import Checkpoints, differences, only_run
 from wemmu_jax.training.loop import StopOnSignal
 from wemmu_jax.training.metrics import Progress
-from wemmu_jax.training.optimizer import OptimizerConfig, decayed
+from wemmu_jax.training.optimizer import OptimizerConfig, make_optimizer
 from wemmu_jax.training.state import TrainState
 
 Tree = Mapping[str, Any]
@@ -71,41 +69,6 @@ class Recipe:
         }
 
 
-def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Clipping, then Muon for matrices, which takes far fewer steps than AdamW, and Adam for all else, both with
-    Nesterov's momentum."""
-    muon = optax.contrib.muon(
-        config.schedule(),
-        weight_decay=config.weight_decay,
-        weight_decay_mask=decayed,
-        adam_b1=config.b1,
-        adam_b2=config.b2,
-        muon_weight_dimension_numbers=_matrices,
-        consistent_rms=0.2,  # steps of AdamW's size, so that one learning rate serves both
-    )
-    clip = optax.identity() if config.clip is None else optax.clip_by_global_norm(config.clip)
-    return optax.chain(clip, muon)
-
-
-def _matrices(params: Tree) -> dict:
-    """Which axes of a kernel are multiplied; None for what is no matrix. Stacked layers are a matrix each, a dense
-    convolution is one of all that it sees at a place."""
-
-    def of(
-        path: str, leaf: jax.Array | optax.MaskedNode
-    ) -> optax.contrib.MuonDimensionNumbers | None:
-        shape = getattr(leaf, "shape", ())
-        if not path.endswith("/kernel"):
-            return None
-        if len(shape) in (2, 3):
-            return optax.contrib.MuonDimensionNumbers(-2, -1)
-        if len(shape) == 4 and shape[2] > 1:
-            return optax.contrib.MuonDimensionNumbers((0, 1, 2), 3)
-        return None
-
-    return nest({path: of(path, leaf) for path, leaf in flatten(params).items()})
-
-
 class _Batches:
     """The batches of a recipe as a random-access source; element n belongs to step n + 1."""
 
@@ -136,7 +99,7 @@ def pretrain(recipe: Recipe, workdir: pathlib.Path) -> Tree:
     if recipe.rows % mesh.size:
         raise ValueError(f"{mesh.size} devices do not divide the {recipe.rows} rows of a batch")
     _claim(workdir, recipe.described())
-    optimizer = _muon(recipe.optimizer)
+    optimizer = make_optimizer(recipe.optimizer)
 
     def create(key: jax.Array) -> TrainState:
         return TrainState.create(recipe.init(key), optimizer, ema=recipe.ema > 0)

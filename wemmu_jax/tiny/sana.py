@@ -45,7 +45,7 @@ from wemmu_jax.tiny.backbones import BRIDGE, DIT_CONFIG, load_backbone, save_bac
 from wemmu_jax.tiny.loop import Recipe
 from wemmu_jax.tiny.pictures import batch_rng, draw_size
 from wemmu_jax.tiny.positions import begin_with_positions
-from wemmu_jax.training.optimizer import OptimizerConfig
+from wemmu_jax.training.optimizer import Method, OptimizerConfig
 
 ROWS, STEPS = 32, 5000
 TEXT_LENGTH, READER_LAYERS = 64, 2
@@ -199,7 +199,9 @@ def recipe(root: pathlib.Path, *, seed: int, steps: int) -> Recipe:
         name="sana",
         seed=seed,
         rows=ROWS,
-        optimizer=OptimizerConfig(learning_rate=2e-3, warmup=min(100, steps // 10), steps=steps),
+        optimizer=OptimizerConfig(
+            learning_rate=2e-3, warmup=min(100, steps // 10), steps=steps, method=Method.MUON
+        ),
         ema=0.999,
         init=painter.init,
         frozen=frozen,

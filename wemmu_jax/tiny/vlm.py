@@ -33,7 +33,7 @@ from wemmu_jax.tiny.backbones import BRIDGE, save_backbone
 from wemmu_jax.tiny.loop import Recipe
 from wemmu_jax.tiny.pictures import batch_rng, draw_size
 from wemmu_jax.tiny.positions import begin_with_positions
-from wemmu_jax.training.optimizer import OptimizerConfig
+from wemmu_jax.training.optimizer import Method, OptimizerConfig
 
 ROWS, STEPS = 32, 3200
 # The steps up to which there are only descriptions, and from there on only statements.
@@ -132,7 +132,11 @@ def recipe(root: pathlib.Path, *, seed: int, steps: int) -> Recipe:
         seed=seed,
         rows=ROWS,
         optimizer=OptimizerConfig(
-            learning_rate=2e-3, warmup=min(150, steps // 10), steps=steps, weight_decay=0.01
+            learning_rate=2e-3,
+            warmup=min(150, steps // 10),
+            steps=steps,
+            weight_decay=0.01,
+            method=Method.MUON,
         ),
         ema=0.995,
         init=init,

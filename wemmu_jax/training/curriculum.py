@@ -22,7 +22,7 @@ from wemmu_jax.data.tasks import STAGE_TASKS, Task
 from wemmu_jax.diffusion.flow import TimeLaw
 from wemmu_jax.models.wemmu.config import BridgeConfig
 from wemmu_jax.ops.attention import AttentionBackend
-from wemmu_jax.training.optimizer import FreezeRule, OptimizerConfig
+from wemmu_jax.training.optimizer import FreezeRule, Method, OptimizerConfig
 
 _NO_VQA = (
     f"data.mixture: no stage trains on {Task.VQA.value}, because the VLM, which answers, is frozen in all of them; "
@@ -110,6 +110,7 @@ def base_config() -> ml_collections.ConfigDict:
             # The paper's own numbers; `optimizer.steps` keeps their product with the rounded batch.
             "paper": {"batch": 2336, "steps": 34_000},
             "optimizer": {
+                "method": "adamw",
                 "learning_rate": 1e-5,
                 "warmup": 1500,
                 "steps": 0,
@@ -371,6 +372,7 @@ class Stage:
                 steps=fields.steps,
                 weight_decay=fields.weight_decay,
                 clip=fields.clip or None,
+                method=_choice(Method, "optimizer.method", fields.method),
             ),
             ema=fields.ema,
             loss=kind,

@@ -15,7 +15,7 @@ class TrainState:
     Attributes:
       step: int32[], optimizer steps taken.
       params: the trainable tree, float32.
-      opt_state: AdamW's moments, float32.
+      opt_state: the optimizer's moments, float32.
       ema: running mean of `params`, or None.
     """
 

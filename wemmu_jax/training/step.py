@@ -116,7 +116,7 @@ class Trainer:
 
     @functools.cached_property
     def optimizer(self) -> optax.GradientTransformation:
-        """AdamW of the stage."""
+        """Of the stage."""
         return make_optimizer(self.stage.optimizer)
 
     @functools.cached_property
