@@ -6,7 +6,9 @@ import jax
 import numpy as np
 
 from wemmu_jax.conversion.backbones import DC_AE, VLM
-from wemmu_jax.shipped import BACKBONES
+from wemmu_jax.evaluation.miniworld import evaluate
+from wemmu_jax.inference.pipeline import WeMMU
+from wemmu_jax.shipped import BACKBONES, MODEL
 from wemmu_jax.tiny import dc_ae, vlm
 from wemmu_jax.tiny.backbones import load_backbone
 
@@ -16,7 +18,11 @@ def test_the_card_tells_of_each_backbone_and_they_are_small():
     told = [json.loads(file.read_text()) for file in BACKBONES.rglob("training.json")]
     assert {one["backbone"] for one in told} == {"dc-ae", "sana", "vlm"}
     assert all(one["command"] in page and f"{one['parameters']:,}" in page for one in told)
-    assert sum(file.stat().st_size for file in BACKBONES.rglob("*") if file.is_file()) < 24e6
+    assert _bytes(BACKBONES) < 24e6
+
+
+def _bytes(folder):
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def _read(backbone):
@@ -40,3 +46,13 @@ def test_the_vlm_answers_as_the_card_says(monkeypatch):
     found = vlm.recipe(BACKBONES, seed=0, steps=10).evaluate(params)
     assert found.keys() == told.keys()
     assert abs(found["mean"] - told["mean"]) < 0.05
+
+
+def test_the_model_draws_what_its_scores_say(tmp_path):
+    assert _bytes(MODEL) < 24e6
+    told = json.loads((MODEL / "scores.json").read_text())
+    model = WeMMU.load(MODEL, dtype="float32")
+    tasks = ("T2I", "S-Edit", "Rec")
+    found = evaluate(model, tmp_path, count=6, seed=0, steps=20, tasks=tasks)
+    for task in tasks:
+        assert found[task]["overall"] > told[task]["overall"] - 0.2

@@ -10,6 +10,7 @@ from PIL import Image
 import wemmu_jax
 from wemmu_jax import WeMMU
 from wemmu_jax.cli.pictures import targets
+from wemmu_jax.shipped import MODEL
 from wemmu_jax.training.origin import Origin
 
 FEW = ("--steps", 2)
@@ -36,6 +37,17 @@ def picture(tmp_path):
 def gradient() -> np.ndarray:
     across, down = np.meshgrid(np.arange(48), np.arange(48))
     return np.stack([across * 5, down * 5, np.full_like(down, 90)], axis=2).astype(np.uint8)
+
+
+def test_without_a_checkpoint_the_model_of_the_package_draws_here(wemmu, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = wemmu("generate", "a red circle", *FEW)
+    assert result.code == 0, result.err
+    assert result.out.split() == ["000-a-red-circle-seed0.png"]
+    assert "knows miniworld and nothing else" in result.err
+    assert Image.open("000-a-red-circle-seed0.png").text["checkpoint"] == str(MODEL)
+    again = wemmu("generate", "a red circle", *FEW)
+    assert again.code == 2 and "there already" in again.err
 
 
 def test_generate(wemmu, workdir, tmp_path):

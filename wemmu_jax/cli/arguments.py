@@ -3,7 +3,8 @@
 import argparse
 import math
 
-from wemmu_jax.cli.requests import GUIDANCE, SEEDS, STEPS
+from wemmu_jax.cli.requests import GUIDANCE, NOTE, SEEDS, STEPS
+from wemmu_jax.shipped import MODEL
 
 
 def whole(least: int, *, below: int | None = None):
@@ -37,9 +38,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     """--checkpoint, --dtype."""
     parser.add_argument(
         "--checkpoint",
-        required=True,
+        default=str(MODEL),
         metavar="DIR",
-        help="a training workdir, or a converted folder",
+        help=f"a training workdir, or a converted folder (default: {NOTE})",
     )
     parser.add_argument(
         "--dtype",
@@ -66,7 +67,10 @@ def add_steps(parser: argparse.ArgumentParser) -> None:
 def add_canvas(parser: argparse.ArgumentParser, task: str) -> None:
     """What the drawing of one request of `task` can be told: where to, size, seed, steps, guidance."""
     parser.add_argument(
-        "--out", required=True, metavar="DIR|FILE.png", help="where the picture lands, as PNG"
+        "--out",
+        default=".",
+        metavar="DIR|FILE.png",
+        help="where the picture lands, as PNG (default: here)",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace a picture that is there already"

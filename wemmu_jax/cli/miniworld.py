@@ -4,8 +4,9 @@ import argparse
 import pathlib
 
 from wemmu_jax.cli.arguments import whole
+from wemmu_jax.shipped import BACKBONES
 
-BACKBONES = ("vlm", "dc-ae", "sana")
+BACKBONE_NAMES = ("vlm", "dc-ae", "sana")
 STUDIES = (
     "queries",
     "collapse",
@@ -26,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     text = "trains a backbone of the tiny preset; `sana` learns on the latents of `dc-ae`"
     pretrain = actions.add_parser("pretrain", help=text, description=text, allow_abbrev=False)
-    pretrain.add_argument("backbone", choices=BACKBONES)
+    pretrain.add_argument("backbone", choices=BACKBONE_NAMES)
     pretrain.add_argument(
         "--out", required=True, type=pathlib.Path, metavar="DIR", help="DIR/vlm and DIR/sana"
     )
@@ -43,7 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ablate.add_argument("--out", required=True, type=pathlib.Path, metavar="DIR")
     ablate.add_argument("--budget", choices=("smoke", "full"), default="smoke")
     ablate.add_argument(
-        "--backbones", type=pathlib.Path, required=True, metavar="DIR", help="with vlm/ and sana/"
+        "--backbones",
+        type=pathlib.Path,
+        default=BACKBONES,
+        metavar="DIR",
+        help="with vlm/ and sana/ (default: those that come with the package)",
     )
     ablate.add_argument(
         "--processes", type=whole(1), default=1, help="share the cores; 2 on a two-core CPU"

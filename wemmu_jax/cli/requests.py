@@ -3,10 +3,12 @@
 import dataclasses
 import json
 import pathlib
+import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import wemmu_jax
+from wemmu_jax.shipped import MODEL
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -23,6 +25,7 @@ GUIDANCE: Mapping[str, Mapping[str, float]] = {
 }
 TASKS = (*GUIDANCE, "chat")
 SEEDS = 2**32
+NOTE = "the tiny model that comes with the package, which knows miniworld and nothing else"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +107,8 @@ def load_model(
     """The model. `check` sees it before its weights are read, so that a bad request fails at once."""
     from wemmu_jax.inference.pipeline import WeMMU
 
+    if checkpoint == str(MODEL):
+        print(f"without --checkpoint: {NOTE}", file=sys.stderr)
     if check is not None:
         check(WeMMU.without_weights(checkpoint, dtype=dtype))
     return WeMMU.load(checkpoint, dtype=dtype)

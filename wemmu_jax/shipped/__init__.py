@@ -1,6 +1,9 @@
-"""What comes with the package: backbones of the tiny preset, trained by `wemmu miniworld pretrain`."""
+"""What comes with the package: the tiny preset, trained. See `wemmu miniworld pretrain` and `launch/stages.sh`."""
 
 import pathlib
 
-# Hugging Face folders below `vlm` and `sana`, and their model card.
-BACKBONES = pathlib.Path(__file__).parent / "huggingface"
+_HERE = pathlib.Path(__file__).parent
+# Backbones as Hugging Face folders below `vlm` and `sana`, and their model card.
+BACKBONES = _HERE / "huggingface"
+# The whole model after stage 4, as `wemmu convert --bridge` writes it.
+MODEL = _HERE / "wemmu"
