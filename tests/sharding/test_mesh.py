@@ -15,6 +15,7 @@ from wemmu_jax.models.wemmu.modeling import WeMMUModel
 from wemmu_jax.models.wemmu.published import published_wemmu
 from wemmu_jax.sharding.mesh import check_heads, check_rows, make_mesh
 from wemmu_jax.sharding.rules import SMALL, parameter_shardings, parameter_spec, rows_sharding
+from wemmu_jax.training.optimizer import Method, OptimizerConfig, make_optimizer
 
 
 def test_meshes():
@@ -227,3 +228,17 @@ def test_rows_lie_over_all_devices_in_order():
     array = jax.device_put(np.arange(16), rows_sharding(make_mesh(fsdp=4)))
     shards = sorted(array.addressable_shards, key=lambda shard: shard.device.id)
     assert [shard.data.tolist() for shard in shards] == [[2 * i, 2 * i + 1] for i in range(8)]
+
+
+def test_the_state_of_muon_lies_on_a_mesh_too():
+    params = {"dit": {"output_proj": {"kernel": jnp.ones((64, 2048)), "bias": jnp.ones(2048)}}}
+    config = OptimizerConfig(1e-3, warmup=1, steps=10, method=Method.MUON)
+    state = make_optimizer(config).init(params)
+    places = parameter_shardings(state, make_mesh(fsdp=8))
+    cut = [
+        jax.tree_util.keystr(path)
+        for path, place in jax.tree_util.tree_leaves_with_path(places)
+        if not place.is_fully_replicated
+    ]
+    [momentum] = cut  # neither counters nor the coefficients of its polynomial
+    assert momentum.endswith("mu['dit']['output_proj']['kernel']")

@@ -85,8 +85,8 @@ def parameter_spec(path: str, shape: tuple[int, ...], *, mesh: Mapping[str, int]
     Raises:
       ValueError: no rule matches, or `tensor` does not divide what the table wants it to.
     """
-    if not shape:
-        return PartitionSpec()  # counters
+    if not shape or path.endswith("/ns_coeffs"):
+        return PartitionSpec()  # counters, and the polynomial of Muon
     layer, _, leaf = path.rpartition("/")
     cut = cut_of(layer)
     if math.prod(shape) < SMALL or cut is Cut.LOOKUP:
