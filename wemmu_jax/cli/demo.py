@@ -14,8 +14,8 @@ STAGES = ("stage1", "stage2", "stage3", "stage4")
 NOTE = (
     "Everything here ran on this machine, on the tiny preset, which knows miniworld. All is drawn twice. First "
     f"by the model that just learned here, in four stages of {STEPS} steps, far too few: it shows that every part of "
-    "the road runs and that the losses fall. Then by the model that comes with the package, which learned by the same "
-    "commands for longer; the answers and the scores are its own."
+    "the road runs and that the losses fall. Then by the model that comes with the package, which learned for longer; "
+    "the answers and the scores are its own."
 )
 
 
