@@ -10,7 +10,7 @@ import ml_collections
 from configs.wemmu_3b import get_config as paper_config
 from wemmu_jax.tiny.backbones import BRIDGE
 
-STEPS = {"stage1": 1500, "stage2": 12_000, "stage3": 9000, "stage4": 3000}
+STEPS = {"stage1": 1500, "stage2": 5000, "stage3": 5500, "stage4": 4000}
 
 
 def _miniworld(split: str, size: int) -> list[dict]:
@@ -44,11 +44,12 @@ def get_config(stage: str) -> ml_collections.ConfigDict:
     data.sources = tuple(_miniworld("train", 200_000))
     data.held_out = tuple(_miniworld("held_out", 1000))
     data.threads = 2
-    config.batch.rows, config.batch.micro_batches = 8, 2
+    config.batch.rows, config.batch.micro_batches = 16, 2
     config.paper.batch = config.batch.rows * config.batch.micro_batches
     config.paper.steps = config.optimizer.steps = STEPS[stage]
     config.optimizer.warmup = 100
-    config.optimizer.learning_rate = 5e-4 if stage == "stage4" else 1e-3
+    config.optimizer.method = "muon"
+    config.optimizer.learning_rate = 1e-3
     config.optimizer.ema = 0.998
     config.mesh.fsdp = 1
     config.validation_rows = 16

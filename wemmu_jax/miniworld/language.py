@@ -228,3 +228,8 @@ def caption(scene: Scene, rng: np.random.Generator, split: Split) -> str:
     said = {name: family.say(scene, rng) for name, family in FAMILIES.items()}
     family, objects = choose(rng, [(name, text) for name, text in said.items() if text])
     return say(family, scene, objects, rng, split)
+
+
+def complete_caption(scene: Scene, rng: np.random.Generator, split: Split) -> str:
+    """A caption that tells all of a scene, in a wording of `split`."""
+    return say("places and background", scene, place_objects(scene), rng, split)

@@ -99,7 +99,7 @@ def pretrain(recipe: Recipe, workdir: pathlib.Path) -> Tree:
     if recipe.rows % mesh.size:
         raise ValueError(f"{mesh.size} devices do not divide the {recipe.rows} rows of a batch")
     _claim(workdir, recipe.described())
-    optimizer = make_optimizer(recipe.optimizer)
+    optimizer = make_optimizer(recipe.optimizer, mesh)
 
     def create(key: jax.Array) -> TrainState:
         return TrainState.create(recipe.init(key), optimizer, ema=recipe.ema > 0)

@@ -31,7 +31,7 @@ from wemmu_jax.diffusion.flow import (
 from wemmu_jax.diffusion.guidance import guided, request_guidance
 from wemmu_jax.diffusion.losses import flow_matching
 from wemmu_jax.diffusion.solvers import Solver, solve
-from wemmu_jax.miniworld.language import caption, place_objects, say
+from wemmu_jax.miniworld.language import caption, complete_caption
 from wemmu_jax.miniworld.prompts import CATEGORIES, draw_prompt
 from wemmu_jax.miniworld.renderer import render
 from wemmu_jax.miniworld.scene import BACKGROUNDS, COLOURS, PLACES, SHAPES, Scene, draw_scene
@@ -212,9 +212,7 @@ def recipe(root: pathlib.Path, *, seed: int, steps: int) -> Recipe:
 
 
 def _caption(scene: Scene, rng: np.random.Generator, *, complete: bool) -> str:
-    if complete:
-        return say("places and background", scene, place_objects(scene), rng, "train")
-    return caption(scene, rng, "train")
+    return (complete_caption if complete else caption)(scene, rng, "train")
 
 
 def _evaluate(painter: _Painter, frozen: Mapping, params: Mapping) -> dict[str, float]:

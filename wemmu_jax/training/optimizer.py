@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import optax
 import optax.contrib
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from wemmu_jax.conversion.memory import flatten, nest
 
@@ -120,11 +121,15 @@ class OptimizerConfig:
         )
 
 
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Clipping, then the method."""
+def make_optimizer(
+    config: OptimizerConfig, mesh: Mesh | None = None
+) -> optax.GradientTransformation:
+    """Clipping, then the method. On a `mesh`, Muon's products are shared out by layers, see `_layers_apart`."""
     clip = optax.identity() if config.clip is None else optax.clip_by_global_norm(config.clip)
-    method = _muon if config.method is Method.MUON else _adamw
-    return optax.chain(clip, method(config))
+    if config.method is Method.ADAMW:
+        return optax.chain(clip, _adamw(config))
+    apart = optax.identity() if mesh is None else _layers_apart(mesh)
+    return optax.chain(clip, apart, _muon(config))
 
 
 def _adamw(config: OptimizerConfig) -> optax.GradientTransformation:
@@ -148,6 +153,23 @@ def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
         muon_weight_dimension_numbers=_matrices,
         consistent_rms=0.2,  # steps of AdamW's size, so that one learning rate serves both
     )
+
+
+def _layers_apart(mesh: Mesh) -> optax.GradientTransformation:
+    """Lays the layers of a stack on different devices, where their number allows it. Muon's twenty products of a
+    matrix can take longer than its gradient; else every device would do them for all layers."""
+    place = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+
+    def lay(updates: Mapping, params: Mapping | None) -> dict:
+        del params
+        return nest({path: one(path, leaf) for path, leaf in flatten(updates).items()})
+
+    def one(path: str, leaf: jax.Array) -> jax.Array:
+        if path.endswith("/kernel") and leaf.ndim == 3 and leaf.shape[0] % mesh.size == 0:
+            return jax.lax.with_sharding_constraint(leaf, place)
+        return leaf
+
+    return optax.stateless(lay)
 
 
 def _matrices(params: Mapping) -> dict:

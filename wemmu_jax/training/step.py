@@ -117,7 +117,7 @@ class Trainer:
     @functools.cached_property
     def optimizer(self) -> optax.GradientTransformation:
         """Of the stage."""
-        return make_optimizer(self.stage.optimizer)
+        return make_optimizer(self.stage.optimizer, self.mesh)
 
     @functools.cached_property
     def _param_shardings(self) -> Mapping:
