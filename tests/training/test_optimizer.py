@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from wemmu_jax.conversion.memory import flatten
+from wemmu_jax.sharding.mesh import make_mesh
+from wemmu_jax.sharding.rules import replicated
 from wemmu_jax.training.curriculum import ALL_BUT_VLM_LEARN, BRIDGE_LEARNS
 from wemmu_jax.training.optimizer import (
     FreezeRule,
@@ -199,3 +201,23 @@ def test_matrices_step_by_muon_and_nothing_else():
     for name in ("depthwise", "embed"):  # Adam's first step has one size everywhere
         assert np.ptp(np.abs(moved[name])) < 1e-5
     assert np.ptp(np.abs(moved["dense"])) > 0.01
+
+
+def test_muon_steps_alike_on_any_mesh():
+    """Layers are worked on apart where their number allows it; the steps and the state are the same."""
+    keys = iter(jax.random.split(jax.random.key(0), 8))
+    shapes = {"apart": (4, 6, 4), "three": (3, 6, 4), "dense": (6, 4)}
+    params = {name: {"kernel": jax.random.normal(next(keys), s)} for name, s in shapes.items()}
+    gradients = jax.tree.map(lambda leaf: leaf * abs(leaf), params)
+    config = OptimizerConfig(0.1, warmup=0, steps=10, clip=None, method=Method.MUON)
+
+    def step(devices: int):
+        mesh = make_mesh(devices=jax.devices()[:devices])
+        optimizer = make_optimizer(config, mesh)
+        update = jax.jit(optimizer.update, out_shardings=replicated(mesh))
+        state = jax.jit(optimizer.init, out_shardings=replicated(mesh))(params)
+        return update.lower(gradients, state, params), update(gradients, state, params)
+
+    (_, one), (program, four) = step(1), step(4)
+    assert "all-gather" in program.compile().as_text()  # of steps that were made apart
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), one, four)

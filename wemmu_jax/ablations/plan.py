@@ -74,7 +74,7 @@ def _guess(job: Job, budget: str) -> float:
     limits = BUDGETS[budget]
     what, phase = job.name.split("/")[0], job.name.split("/")[-1]
     if what == "train":
-        rows = 64 if phase.endswith("-32") else 16
+        rows = 16 if phase.endswith("-8") else 64 if phase.endswith("-32") else 32
         return _START + limits.steps[phase] * rows / _SAMPLES
     if what == "grade":
         kinds = sum(len(DRAWING_TASKS[task].kinds) for task in job.arguments["tasks"])
