@@ -90,7 +90,6 @@ class Budget:
     Attributes:
       steps: of each phase.
       seeds: of the arms that are compared over several.
-      buckets: picture sizes of training.
       graded: held-out requests of each kind.
       solver_steps: for each picture.
       optimised: whether programs are compiled to run fast, or to be compiled fast.
@@ -98,7 +97,6 @@ class Budget:
 
     steps: Mapping[str, int]
     seeds: int
-    buckets: int
     graded: int
     solver_steps: int
     optimised: bool
@@ -108,7 +106,6 @@ BUDGETS = {
     "smoke": Budget(
         dict.fromkeys(PHASES, 4),
         seeds=1,
-        buckets=1,
         graded=1,
         solver_steps=2,
         optimised=False,
@@ -134,7 +131,6 @@ BUDGETS = {
             "contrastive-32": 400,
         },
         seeds=3,
-        buckets=3,
         graded=32,
         solver_steps=20,
         optimised=True,
@@ -160,7 +156,7 @@ def get_config(name: str) -> ml_collections.ConfigDict:
     config.seed += 100 * seed  # the stages of a seed keep seeds of their own
     config.model.bridge.update(ARMS[parts[1]])
     config.update_from_flattened_dict(dict(phase.changes))
-    config.data.buckets = budget.buckets
+    config.data.buckets = 1  # squares, as they are graded: other shapes are learned much later
     steps = budget.steps[parts[3]]
     shortened(config, steps)
     if budget.optimised:
