@@ -144,6 +144,8 @@ class Checkpoints:
         }
         if abstract.ema is not None:
             parts[EMA] = abstract.ema
+        for name, part in parts.items():
+            self._check_same(self.latest, name, part)
         found = self._load(self.latest, parts)
         return TrainState(params=found[PARAMS], ema=found.get(EMA), **found[REST])
 
@@ -162,7 +164,10 @@ class Checkpoints:
 
     def abstract_params(self, step: int) -> dict:
         """The shapes and types of what `params` loads."""
-        name, where = self._weights_of(step), self._folder / str(step)
+        return self._abstract(step, self._weights_of(step))
+
+    def _abstract(self, step: int, name: str) -> dict:
+        where = self._folder / str(step)
         _check_whole(where / name)
         try:
             return ocp.pytree_metadata(where, checkpointable_name=name).metadata
@@ -170,6 +175,16 @@ class Checkpoints:
             if passes(error):
                 raise
             raise _damaged(where, [name]) from error
+
+    def _check_same(self, step: int, name: str, mine: dict) -> None:
+        """Raises ValueError if the part has other leaves than `mine`, as that of another version's optimizer has."""
+        theirs, mine = _leaf_names(self._abstract(step, name)), _leaf_names(mine)
+        if theirs != mine:
+            raise ValueError(
+                f"checkpoint {self._folder / str(step)} is of another version of this program: its {name} has "
+                f"{_some(theirs - mine)}, which nothing here reads, and lacks {_some(mine - theirs)}; go on with that "
+                "version, or begin anew in another workdir"
+            )
 
     def _weights_of(self, step: int) -> str:
         return EMA if (self._folder / str(step) / EMA).exists() else PARAMS
@@ -188,6 +203,21 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for what is being written."""
         self._checkpointer.close()
+
+
+def _leaf_names(tree: dict) -> set[str]:
+    """Paths of leaves; a NamedTuple's are as Orbax keeps them, which knows dicts and sequences alone."""
+
+    def name(key) -> str:
+        return str(next(getattr(key, of) for of in ("key", "name", "idx") if hasattr(key, of)))
+
+    paths = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {"/".join(map(name, path)) for path, _ in paths}
+
+
+def _some(names: set[str]) -> str:
+    """The first of them, and how many there are."""
+    return f"{min(names)} ({len(names)} leaves)" if names else "nothing"
 
 
 def _damaged(where: pathlib.Path, parts: Iterable[str]) -> ValueError:
