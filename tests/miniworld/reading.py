@@ -87,7 +87,7 @@ def carry_out(kind: str, text: str, scene: Scene) -> Scene:
         assert count == 1
         return scene.add(Object(shape, colour, place))
     if kind == "move":
-        text, place = re.fullmatch(rf"(.*) to the ({PLACE})", text).groups()
+        text, place = re.fullmatch(rf"(.*) (?:to|in|at) the ({PLACE})", text).groups()
         (item,) = those(text, scene)
         return scene.exchange(item, dataclasses.replace(item, place=place))
     (item,) = those(text, scene)
@@ -113,12 +113,12 @@ def carry_out_on_two(kind: str, text: str, first: Scene, second: Scene) -> Scene
         return first.add(*second.objects)
     if kind == "add":
         text, place = re.fullmatch(
-            rf"(.*?),? (?:in|at) the ({PLACE})(?: of the first)?", text
+            rf"(.*?),? (?:in|at) the ({PLACE})(?: of the first(?: image)?)?", text
         ).groups()
         (lent,) = those(text, second)
         return first.add(dataclasses.replace(lent, place=place))
     base, lent = _phrases(text)
-    if text.startswith("put"):
+    if "in place of" in text:
         base, lent = lent, base
     (item,), (lent,) = those(base, first), those(lent, second)
     new = dataclasses.replace(item, colour=lent.colour)

@@ -67,10 +67,16 @@ KINDS: dict[str, tuple[Combiner, Phrases]] = {
         Phrases(
             (
                 "replace {it} in the first image with {lent} of the second",
+                "replace {it} of the first image with {lent} of the second image",
                 "put {lent} of the second image in place of {it} of the first",
+                "draw the first image with {lent} of the second in place of {it}",
                 "in the first image, change {it} into {lent} of the second image",
+                "change {it} of the first image into {lent} in the second",
             ),
-            ("in the first image, replace {it} with {lent} of the second image",),
+            (
+                "in the first image, replace {it} with {lent} of the second image",
+                "draw {lent} of the second image in place of {it} in the first",
+            ),
         ),
     ),
     "add": (
@@ -78,10 +84,16 @@ KINDS: dict[str, tuple[Combiner, Phrases]] = {
         Phrases(
             (
                 "add {lent} of the second image to the first, {at_place}",
+                "add {lent} of the second image {at_place}",
                 "put {lent} of the second image into the first image {at_place}",
+                "put {lent} of the second {at_place} of the first image",
                 "draw the first image and add {lent} of the second {at_place}",
+                "in the first image, draw {lent} of the second image {at_place}",
             ),
-            ("add {lent} of the second image {at_place} of the first",),
+            (
+                "add {lent} of the second image {at_place} of the first",
+                "draw {lent} of the second image into the first, {at_place}",
+            ),
         ),
     ),
     "recolour": (
@@ -91,8 +103,14 @@ KINDS: dict[str, tuple[Combiner, Phrases]] = {
                 "paint {it} of the first image in the colour of {lent} in the second",
                 "give {it} in the first image the colour of {lent} of the second image",
                 "in the first image, {it} takes the colour of {lent} in the second",
+                "make {it} of the first image the colour of {lent} of the second",
+                "draw {it} of the first image in the colour of {lent} in the second image",
+                "turn {it} in the first image to the colour of {lent} of the second image",
             ),
-            ("change {it} of the first image to the colour of {lent} in the second",),
+            (
+                "change {it} of the first image to the colour of {lent} in the second",
+                "in the first image, paint {it} in the colour of {lent} of the second",
+            ),
         ),
     ),
     "background": (
@@ -100,10 +118,16 @@ KINDS: dict[str, tuple[Combiner, Phrases]] = {
         Phrases(
             (
                 "give the first image the background of the second",
+                "the first image takes the background of the second image",
                 "put all shapes of the first image on the background of the second image",
+                "put the background of the second image into the first image",
                 "draw the first image with the background of the second",
+                "change the background of the first image to the background of the second",
             ),
-            ("draw all shapes of the first image on the background of the second",),
+            (
+                "draw all shapes of the first image on the background of the second",
+                "replace the background of the first image with the background of the second image",
+            ),
         ),
     ),
     "merge": (
@@ -111,10 +135,16 @@ KINDS: dict[str, tuple[Combiner, Phrases]] = {
         Phrases(
             (
                 "put all shapes of both images on the background of the first",
+                "put the shapes of both images into the first image",
                 "add all shapes of the second image to the first",
+                "give the first image all shapes of the second image",
                 "draw the shapes of both images on the background of the first image",
+                "draw all shapes of the second image into the first image",
             ),
-            ("put the shapes of the second image into the first image",),
+            (
+                "put the shapes of the second image into the first image",
+                "add the shapes of the second image to the first image",
+            ),
         ),
     ),
 }

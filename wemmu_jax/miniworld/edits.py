@@ -86,7 +86,7 @@ def _replace(scene: Scene, rng: np.random.Generator) -> Change:
 def _move(scene: Scene, rng: np.random.Generator) -> Change:
     item = choose(rng, scene.objects)
     place = choose(rng, scene.free_places)
-    words = {"it": refer(scene, item, rng), "place": f"the {place}"}
+    words = {"it": refer(scene, item, rng), "place": f"the {place}", "at_place": at_place(place)}
     return Change(scene.exchange(item, replace(item, place=place)), words)
 
 
@@ -100,13 +100,36 @@ KINDS: dict[str, tuple[Changer, Phrases]] = {
     "recolour": (
         _recolour,
         Phrases(
-            ("make {it} {colour}", "change the colour of {it} to {colour}", "turn {it} {colour}"),
-            ("paint {it} {colour}",),
+            (
+                "make {it} {colour}",
+                "turn {it} {colour}",
+                "change {it} to {colour}",
+                "draw {it} in {colour}",
+                "paint {it} in {colour}",
+                "give {it} the colour {colour}",
+                "make the colour of {it} {colour}",
+                "change the colour of {it} to {colour}",
+                "turn the colour of {it} to {colour}",
+            ),
+            ("paint {it} {colour}", "draw {it} {colour}", "turn {it} to {colour}"),
         ),
     ),
     "remove": (
         _remove,
-        Phrases(("remove {it}", "delete {it}", "take {it} away"), ("take away {it}",)),
+        Phrases(
+            (
+                "remove {it}",
+                "remove {it} from the image",
+                "delete {it}",
+                "delete {it} from the picture",
+                "take {it} away",
+                "take {it} out",
+                "take {it} from the picture",
+                "put {it} away",
+                "draw the picture without {it}",
+            ),
+            ("take away {it}", "delete {it} from the image", "draw the image without {it}"),
+        ),
     ),
     "add": (
         _add,
@@ -118,15 +141,39 @@ KINDS: dict[str, tuple[Changer, Phrases]] = {
     "replace": (
         _replace,
         Phrases(
-            ("replace {it} with {new}", "turn {it} into {shape}", "change {it} to {shape}"),
-            ("change {it} into {shape}",),
+            (
+                "replace {it} with {new}",
+                "replace {it} with {shape}",
+                "turn {it} into {shape}",
+                "change {it} to {shape}",
+                "make {it} into {shape}",
+                "make {shape} of {it}",
+                "put {new} in place of {it}",
+                "draw {new} in place of {it}",
+                "remove {it} and draw {new} there",
+            ),
+            ("change {it} into {shape}", "turn {it} into {new}", "put {shape} in place of {it}"),
         ),
     ),
     "move": (
         _move,
         Phrases(
-            ("move {it} to {place}", "put {it} to {place}", "take {it} to {place}"),
-            ("change the place of {it} to {place}",),
+            (
+                "move {it} to {place}",
+                "move {it} away, to {place}",
+                "put {it} to {place}",
+                "put {it} {at_place}",
+                "draw {it} {at_place}",
+                "take {it} to {place}",
+                "take {it} and put it {at_place}",
+                "take {it} away and draw it {at_place}",
+                "give {it} the place {at_place}",
+            ),
+            (
+                "change the place of {it} to {place}",
+                "take {it} away and put it {at_place}",
+                "take {it} and move it to {place}",
+            ),
         ),
     ),
     "background": (
