@@ -51,9 +51,10 @@ def model() -> WeMMUModel:
 
 
 def stage() -> Stage:
-    """Contrastive, everything but the VLM and the autoencoder learns."""
+    """Contrastive, everything but the VLM and the autoencoder learns, by the paper's optimizer."""
     table = tuple(FreezeRule(*rule) for rule in ALL_BUT_VLM_LEARN)
-    config = load_config("configs/tiny.py:stage1", {"batch.rows": ROWS, "batch.micro_batches": 1})
+    changes = {"batch.rows": ROWS, "batch.micro_batches": 1, "optimizer.method": "adamw"}
+    config = load_config("configs/tiny.py:stage1", changes)
     return dataclasses.replace(Stage.from_config(config), trainable=table)
 
 
