@@ -203,7 +203,7 @@ def test_matrices_step_by_muon_and_nothing_else():
     assert np.ptp(np.abs(moved["dense"])) > 0.01
 
 
-def test_muon_steps_alike_on_any_mesh():
+def test_muon_steps_alike_on_one_device_and_on_four():
     """Layers are worked on apart where their number allows it; the steps and the state are the same."""
     keys = iter(jax.random.split(jax.random.key(0), 8))
     shapes = {"apart": (4, 6, 4), "three": (3, 6, 4), "dense": (6, 4)}

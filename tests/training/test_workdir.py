@@ -144,7 +144,7 @@ def test_a_checkpoint_that_is_damaged(copy_of_stage1, config_of):
     refused(config_of("stage1", **EMA), copy_of_stage1, ValueError, "checkpoint .*/6 is ")
 
 
-def test_a_checkpoint_of_another_optimizer(copy_of_stage1, stage1, config_of):
+def test_a_checkpoint_of_another_optimizer(copy_of_stage1, config_of):
     """As a version leaves it whose config says the same and whose optimizer keeps other things."""
     config = config_of("stage1", **EMA, **{"optimizer.method": "adamw"})
     file = copy_of_stage1 / "config.json"

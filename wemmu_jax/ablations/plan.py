@@ -3,7 +3,7 @@
 import pathlib
 from collections.abc import Iterable, Sequence
 
-from configs.ablations import BUDGETS, PHASES
+from configs.ablations import BUDGETS, PHASES, get_config
 from wemmu_jax.ablations import work
 from wemmu_jax.ablations.jobs import Job, Ledger
 from wemmu_jax.ablations.studies import Run, study
@@ -72,10 +72,10 @@ def _kind(job: Job) -> str:
 
 def _guess(job: Job, budget: str) -> float:
     limits = BUDGETS[budget]
-    what, phase = job.name.split("/")[0], job.name.split("/")[-1]
+    what = job.name.split("/")[0]
     if what == "train":
-        rows = 16 if phase.endswith("-8") else 64 if phase.endswith("-32") else 32
-        return _START + limits.steps[phase] * rows / _SAMPLES
+        config = get_config(f"{budget}/{job.arguments['run']}")
+        return _START + config.optimizer.steps * config.paper.batch / _SAMPLES
     if what == "grade":
         kinds = sum(len(DRAWING_TASKS[task].kinds) for task in job.arguments["tasks"])
         pictures = limits.graded * kinds
