@@ -69,6 +69,8 @@ def test_a_section_has_a_row_for_each_run_and_its_pictures(name, results):
         path = results.pictures.parent / line.partition("(")[2].rstrip(")")
         assert Image.open(path).width > 300
     assert f"Budget `{BUDGET}`" in section
+    assert ("cfm-8 4 x 16" in section and "cfm-32 4 x 64" in section) == (name == "losses")
+    assert ("stage2 4 x 32" in section) == (name not in ("losses", "connectors", "pathway"))
 
 
 def test_a_step_that_ran_twice_counts_once(results):

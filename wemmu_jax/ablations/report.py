@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from PIL import Image
 
-from configs.ablations import BUDGETS, PHASES
+from configs.ablations import BUDGETS, PHASES, get_config
 from wemmu_jax.ablations import figures
 from wemmu_jax.ablations.studies import SETTINGS, Run, Study, study
 from wemmu_jax.ablations.work import REQUESTS_SEED
@@ -108,10 +108,10 @@ class Results:
 def report(name: str, results: Results) -> str:
     """The section of a study."""
     one = study(name, budget=results.name)
-    phases = dict.fromkeys(phase for run in one.runs for phase in _road(run.phase))
-    steps = ", ".join(f"{phase} {results.budget.steps[phase]}" for phase in phases)
+    phases = {phase: run for run in one.runs for phase in _road(run.phase)}
+    steps = ", ".join(_length(results.name, run.at(phase)) for phase, run in phases.items())
     said = (
-        f"Budget `{results.name}`: optimizer steps of 16 samples (64 in the phases called -32): {steps}; "
+        f"Budget `{results.name}`: optimizer steps x samples: {steps}; "
         f"{results.budget.graded} held-out requests of each kind. "
         f"Made by `wemmu miniworld ablate {name} --budget {results.name}` and `wemmu miniworld report`."
     )
@@ -122,6 +122,11 @@ def _road(phase: str) -> list[str]:
     """The phases that lead to one, and itself."""
     start = PHASES[phase].start
     return ([] if start is None else _road(start)) + [phase]
+
+
+def _length(budget: str, run: Run) -> str:
+    config = get_config(f"{budget}/{run}")
+    return f"{run.phase} {config.optimizer.steps} x {config.paper.batch}"
 
 
 def _spread(values: Sequence[float]) -> str:
