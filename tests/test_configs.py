@@ -94,7 +94,7 @@ def test_tiny_is_the_paper_in_small(name):
     assert tiny["trainable"] == paper["trainable"]
     same = ("data.mixture.", "loss.", "optimizer.weight_decay", "optimizer.clip")
     differ = {key for key in tiny if key.startswith(same) and tiny[key] != paper[key]}
-    assert differ == {"loss.shift"}
+    assert differ == ({"loss.shift"} if name in ("stage1", "stage2") else set())
     stage = Stage.from_config(config_of(name, "tiny"))
     assert stage.optimizer.steps >= 50
 
