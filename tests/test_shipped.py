@@ -52,7 +52,7 @@ def test_the_model_draws_what_its_scores_say(tmp_path):
     assert _bytes(MODEL) < 24e6
     told = json.loads((MODEL / "scores.json").read_text())
     model = WeMMU.load(MODEL, dtype="float32")
-    tasks = ("T2I", "S-Edit", "Rec")
+    tasks = ("T2I", "S-Edit", "Rec", "M-Edit")
     found = evaluate(model, tmp_path, count=6, seed=0, steps=20, tasks=tasks)
     for task in tasks:
         assert found[task]["overall"] > told[task]["overall"] - 0.2
