@@ -92,7 +92,7 @@ class Budget:
       seeds: of the arms that are compared over several.
       graded: held-out requests of each kind.
       solver_steps: for each picture.
-      optimised: whether programs are compiled to run fast, or to be compiled fast.
+      optimised: whether programs are compiled to run fast, or to be compiled fast and run on few rows.
     """
 
     steps: Mapping[str, int]
@@ -155,12 +155,16 @@ def get_config(name: str) -> ml_collections.ConfigDict:
     config.name = name
     config.seed += 100 * seed  # the stages of a seed keep seeds of their own
     config.model.bridge.update(ARMS[parts[1]])
+    if not budget.optimised:
+        config.batch.rows = config.validation_rows = 4
     config.update_from_flattened_dict(dict(phase.changes))
     config.data.buckets = 1  # squares, as they are graded: other shapes are learned much later
     steps = budget.steps[parts[3]]
     shortened(config, steps)
     if budget.optimised:
         config.model.remat = "unrolled"
+    else:
+        config.optimizer.method = "adamw"  # Muon's products take longer to compile than to teach
     config.paper.batch = config.batch.rows * config.batch.micro_batches
     # The last step is looked at as well: eight times in a long phase, once in a short one.
     validate = max(4, steps // 8)

@@ -70,7 +70,7 @@ def test_a_section_has_a_row_for_each_run_and_its_pictures(name, results):
         assert Image.open(path).width > 300
     assert f"Budget `{BUDGET}`" in section
     assert ("cfm-8 4 x 16" in section and "cfm-32 4 x 64" in section) == (name == "losses")
-    assert ("stage2 4 x 32" in section) == (name not in ("losses", "connectors", "pathway"))
+    assert ("stage2 4 x 8" in section) == (name not in ("losses", "connectors", "pathway"))
 
 
 def test_a_step_that_ran_twice_counts_once(results):

@@ -1,5 +1,6 @@
 """What a job does. Functions of plain values, so that another process can be asked to do them."""
 
+import contextlib
 import dataclasses
 import pathlib
 from collections.abc import Sequence
@@ -38,13 +39,16 @@ def convert_backbones(*, out: str, budget: str, backbones: str) -> None:
 
 
 def train_phase(*, out: str, budget: str, run: str) -> None:
-    """Trains OUT/runs/RUN to its last step."""
+    """Trains OUT/runs/RUN to its last step; what training says goes to OUT/logs/RUN.log."""
     folder, named = _begin(out, budget), Run.parse(run)
     config = get_config(f"{budget}/{run}")
     start = PHASES[named.phase].start
     init = folder / "converted" if start is None else folder / f"runs/{named.at(start)}"
     config.init = str(init.absolute())
-    train(config, folder / f"runs/{run}")
+    log = folder / f"logs/{run}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as said, contextlib.redirect_stdout(said):
+        train(config, folder / f"runs/{run}")
     jax.clear_caches()
 
 
