@@ -47,8 +47,8 @@ def jobs(
 
 
 # Guesses for one core, until jobs of a kind are done: samples of training and pictures of grading a second, and the
-# seconds that a job takes before it begins.
-_SAMPLES, _PICTURES, _START = 32.0, 4.0, 60.0
+# seconds that a job takes to compile, with XLA's optimizations and without.
+_SAMPLES, _PICTURES, _COMPILE = 32.0, 4.0, {True: 60.0, False: 25.0}
 
 
 def estimate(todo: Sequence[Job], *, budget: str, ledger: Ledger) -> float:
@@ -72,12 +72,13 @@ def _kind(job: Job) -> str:
 
 def _guess(job: Job, budget: str) -> float:
     limits = BUDGETS[budget]
+    begin = _COMPILE[limits.optimised]
     what = job.name.split("/")[0]
     if what == "train":
         config = get_config(f"{budget}/{job.arguments['run']}")
-        return _START + config.optimizer.steps * config.paper.batch / _SAMPLES
+        return begin + config.optimizer.steps * config.paper.batch / _SAMPLES
     if what == "grade":
         kinds = sum(len(DRAWING_TASKS[task].kinds) for task in job.arguments["tasks"])
         pictures = limits.graded * kinds
-        return _START + pictures * limits.solver_steps / 20 / _PICTURES
-    return _START
+        return begin + pictures * limits.solver_steps / 20 / _PICTURES
+    return begin
