@@ -305,6 +305,41 @@ def test_a_killed_worker_costs_nothing(monkeypatch):
     assert len(killed) == 3 and not killed & set(pool.processes)
 
 
+def test_arrays_that_live_keep_their_values(whole):
+    """Their memory is used again, when the last view of it is gone."""
+    read, kept = batches().iterate(0, workers=2), {}
+    for number in range(20):
+        batch = next(read)
+        if number % 3 == 0:
+            kept[number] = batch.arrays["form"][:, :3]
+        del batch
+    for number, form in kept.items():
+        np.testing.assert_array_equal(form, whole[number].arrays["form"][:, :3])
+
+
+def test_memory_is_lent_again_when_it_is_not_seen():
+    shared = workers_lib.SharedRows()
+
+    def lend(size):
+        with shared.lend({"x": ((size,), "|u1")}, rows=2) as (where, arrays):
+            arrays["x"][:] = 1
+            return where.name, arrays["x"][1]
+
+    first, view = lend(100)
+    second, other = lend(100)
+    assert second != first
+    del view
+    third, larger = lend(100_000)
+    assert third == first and larger.sum() == 100_000
+    del larger, other
+    with pytest.raises(KeyError), shared.lend({"x": ((1,), "|u1")}, rows=2) as (where, _):
+        raise KeyError  # a worker may be writing to it still
+    assert where.name == second
+    lent = [lend(1) for _ in range(3)]
+    names = {name for name, _ in lent}
+    assert len(names) == 3 and first in names and second not in names
+
+
 def test_settings_that_cannot_be():
     for changes, message in [
         ({"process_count": 3}, "8 rows of a micro-batch do not divide among 3"),

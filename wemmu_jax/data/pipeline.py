@@ -247,24 +247,27 @@ class _Workers:
 
     def __init__(self, pool: workers.Workers, count: int):
         self._pool, self._count = pool, count
+        self._memory = workers.SharedRows()
         self._forms: dict[tuple, workers.Form] = {}
         self._lock = threading.Lock()
 
     def measure(self, rows: Sequence[Candidates]) -> list:
-        size = -(-len(rows) // self._count)
-        jobs = [(rows[start : start + size],) for start in range(0, len(rows), size)]
+        jobs = [(part,) for part in self._parts(rows)]
         return [one for part in self._pool.run(workers.measure, jobs) for one in part]
 
     def make(
         self, arity: int, rows: Sequence[Candidates], bucket: Bucket, length: int
     ) -> tuple[list[Row], dict[str, np.ndarray]]:
         form = self._form(arity, rows[0], bucket, length)
-        with workers.shared_rows(form, len(rows)) as (file, arrays):
-            jobs = [
-                (file, form, len(rows), number, row, bucket, length)
-                for number, row in enumerate(rows)
-            ]
-            return self._pool.run(workers.make_into, jobs), arrays
+        with self._memory.lend(form, len(rows)) as (shared, arrays):
+            jobs = [(shared, part, bucket, length) for part in self._parts(list(enumerate(rows)))]
+            made = self._pool.run(workers.make_into, jobs)
+        return [row for part in made for row in part], arrays
+
+    def _parts(self, rows: Sequence) -> list[Sequence]:
+        """One for each worker."""
+        size = -(-len(rows) // self._count)
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
 
     def _form(self, arity: int, row: Candidates, bucket: Bucket, length: int) -> workers.Form:
         """What rows of this kind encode to; the first of each kind is made twice to know."""

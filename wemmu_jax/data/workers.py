@@ -8,6 +8,8 @@ import concurrent.futures
 import contextlib
 import ctypes
 import dataclasses
+import functools
+import itertools
 import mmap
 import multiprocessing
 import os
@@ -15,6 +17,7 @@ import pickle
 import signal
 import threading
 import uuid
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import forkserver
@@ -134,27 +137,30 @@ def make(candidates: Candidates, bucket: Bucket, length: int) -> Row:
 
 
 def make_into(
-    file: str,
-    form: Form,
-    rows: int,
-    number: int,
-    candidates: Candidates,
-    bucket: Bucket,
-    length: int,
-) -> Row:
-    """In a worker: the same, its arrays written as row `number` of `shared_rows` and not in what is returned.
+    shared: "Shared", jobs: Sequence[tuple[int, Candidates]], bucket: Bucket, length: int
+) -> list[Row]:
+    """In a worker: the same for some rows, their arrays written to `shared` and not in what is returned.
+
+    Args:
+      shared: the micro-batch's memory.
+      jobs: the row's number in it, and what may fill it.
+      bucket, length: of all rows.
 
     Raises:
-      ValueError: it has other names, shapes or types than `form`.
+      ValueError: a row has other names, shapes or types than `shared`.
     """
-    row = _maker.make(candidates, bucket, length)
-    if (found := form_of(row.arrays)) != form:
-        raise ValueError(f"{row.key} encodes to {found}, but the first of its form to {form}")
-    with open(file, "r+b") as opened:
-        shared = _views(mmap.mmap(opened.fileno(), 0), form, rows)
-    for name, value in row.arrays.items():
-        shared[name][number] = value
-    return dataclasses.replace(row, arrays={})
+    arrays = _views(_mapped(shared.name, shared.size), shared.form, shared.rows)
+    made = []
+    for number, candidates in jobs:
+        row = _maker.make(candidates, bucket, length)
+        if (found := form_of(row.arrays)) != shared.form:
+            raise ValueError(
+                f"{row.key} encodes to {found}, but the first of its form to {shared.form}"
+            )
+        for name, value in row.arrays.items():
+            arrays[name][number] = value
+        made.append(dataclasses.replace(row, arrays={}))
+    return made
 
 
 def form_of(arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -162,18 +168,67 @@ def form_of(arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[tuple[int, ...]
     return {name: (np.shape(value), np.asarray(value).dtype.str) for name, value in arrays.items()}
 
 
-@contextlib.contextmanager
-def shared_rows(form: Form, rows: int) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
-    """A file that other processes can write to while this is open, and the arrays [rows, ...] in it, which stay.
+@dataclasses.dataclass(frozen=True)
+class Shared:
+    """Where workers find the memory of a micro-batch, and how it is divided.
 
-    The memory goes when the last of the arrays does, and with this process at the latest, even a killed one.
+    Attributes:
+      name: a number of its own and a path, see `_mapped`.
+      size: bytes of the memory, of which the rows may need fewer.
+      form: of a row's arrays.
+      rows: how many there are.
     """
-    file = os.memfd_create("micro-batch")
-    try:
-        os.ftruncate(file, max(sum(_sizes(form, rows)), 1))
-        yield f"/proc/{os.getpid()}/fd/{file}", _views(mmap.mmap(file, 0), form, rows)
-    finally:
-        os.close(file)
+
+    name: str
+    size: int
+    form: Form
+    rows: int
+
+
+class SharedRows:
+    """Memory that workers write and this process reads, used again: to get it from the system anew, page by page, is a
+    tenth of a row's time. It goes when this and the last arrays in it do, and with this process, even a killed one."""
+
+    def __init__(self):
+        self._free: list[_Memory] = []
+
+    @contextlib.contextmanager
+    def lend(self, form: Form, rows: int) -> Iterator[tuple[Shared, dict[str, np.ndarray]]]:
+        """Memory that workers can write to while this is open, and the arrays [rows, ...] in it, which stay. It is lent
+        again when they are gone; not after an error, for another worker may be writing still."""
+        try:
+            memory = self._free.pop()
+        except IndexError:
+            memory = _Memory()
+        needed = max(sum(_sizes(form, rows)), 1)
+        memory.grow(needed)
+        mapped = mmap.mmap(memory.file, needed)
+        yield Shared(memory.name, memory.size, form, rows), _views(mapped, form, rows)
+        weakref.finalize(mapped, self._free.append, memory).atexit = False
+
+
+class _Memory:
+    """A file in memory that grows. Its name has a number of its own, because descriptors' numbers come again."""
+
+    _numbers = itertools.count()
+
+    def __init__(self):
+        self.file, self.size = os.memfd_create("micro-batch"), 0
+        self.name = f"{next(self._numbers)} /proc/{os.getpid()}/fd/{self.file}"
+        weakref.finalize(self, os.close, self.file).atexit = False
+
+    def grow(self, size: int) -> None:
+        """To at least so many bytes."""
+        if size > self.size:
+            os.ftruncate(self.file, size)
+            self.size = size
+
+
+@functools.lru_cache(maxsize=16)
+def _mapped(name: str, size: int) -> mmap.mmap:
+    """In a worker: the memory of that name, which stays mapped, because it comes again."""
+    with open(name.partition(" ")[2], "r+b") as opened:
+        return mmap.mmap(opened.fileno(), size)
 
 
 def _sizes(form: Form, rows: int) -> list[int]:
