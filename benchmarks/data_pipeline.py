@@ -57,6 +57,7 @@ PEER_TURNS = {"stage 1": [Task.REC, Task.T2I], "edits": [Task.S_EDIT]}
 # Resolution, samples of the stage, the chip-hours that its FLOPs take on v5p at 50% MFU, and the part of its rows that
 # are edits; the others are taken as stage 1's.
 STAGES = {"stage 1": (512, 79.4e6, 1343.0, 0.0), "stage 3": (1024, 19.9e6, 1720.0, 0.5)}
+ROWS = 32  # of a micro-batch
 CHIPS, CHIPS_A_HOST = 128, 4
 BARE, OURS, PEER = "bare decode + resize", "wemmu", "DataLoader + webdataset + HF"
 WORDS = "a photograph of some red barn by the sea under clouds with birds"
@@ -156,7 +157,7 @@ class Bench:
             ),
             "mixture": mixture,
             "buckets": [self.bucket],
-            "rows": 8,
+            "rows": ROWS,
             "seed": 0,
             "encode_row": self.encoder.encode_example,
             "text_length": self.encoder.text_length,
@@ -199,7 +200,7 @@ def peer(bench: Bench, kind: str, processes: int) -> Iterator[int]:
     """Rows of each batch of the peer."""
     tars = dict.fromkeys(Task, f"{bench.folder}/captions.tar")
     tars[Task.S_EDIT] = f"{bench.folder}/edits.tar"
-    how = {"rows": 8, "processes": processes}
+    how = {"rows": ROWS, "processes": processes}
     yield from torch_pipeline.batches(bench.tools, tars, PEER_TURNS[kind], **how)
 
 

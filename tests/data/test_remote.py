@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from fsspec.implementations.memory import MemoryFile
 
 from tests.data.conftest import PICTURES, picture, records, shown, write_json
 from wemmu_jax.data import storage
@@ -178,25 +179,38 @@ def test_packed_files_must_be_local(tmp_path, bucket):
         build_source({"type": "array-record", "paths": f"{bucket()}/a.arrayrecord"})
 
 
-def test_a_network_that_fails_for_a_moment(pictures, bucket, monkeypatch):
-    settings, expected = folder(pictures)
-    spec = {"type": "folder", **at(settings, bucket())}
+class HttpError(Exception):
+    """A client's own error, as gcsfs has it: no OSError."""
+
+
+@pytest.mark.parametrize("error", [OSError, HttpError])
+@pytest.mark.parametrize("kind", ["folder", "bagel"])
+def test_a_network_that_fails_for_a_moment(kind, error, pictures, bucket, monkeypatch):
+    settings, expected = FORMATS[kind](pictures)
+    spec = {"type": kind, **at(settings, bucket())}
     monkeypatch.setattr(storage.time, "sleep", lambda seconds: None)
-    system, failed = fsspec.filesystem("memory"), []
-    read = type(system).cat_file
+    failed = []
 
-    def fails_twice(self, path, *arguments, **options):
-        if failed.count(path) < 2:
-            failed.append(path)
-            raise OSError("503")
-        return read(self, path, *arguments, **options)
+    def failing(function, times):
+        def fails(self, *arguments, **options):
+            if failed.count(arguments[0]) < times:
+                failed.append(arguments[0])
+                raise error("503")
+            return function(self, *arguments, **options)
 
-    monkeypatch.setattr(type(system), "cat_file", fails_twice)
+        return fails
+
+    system, file = type(fsspec.filesystem("memory")), MemoryFile
+    for times, of in ((2, system), (3, file)):
+        name = "cat_file" if of is system else "read"
+        monkeypatch.setattr(of, name, failing(getattr(of, name), times))
     assert records(spec) == expected and len(failed) >= 2
     monkeypatch.setattr(storage, "TRIES", 1)
-    failed.clear()
-    with pytest.raises(OSError, match="503"):
-        build_source(spec)[0].target.load(8, 8)
+    path = f"memory:/{fsspec.filesystem('memory').find('/set')[0]}"
+    for read in (storage.read, lambda path: storage.open_file(path).read()):
+        failed.clear()
+        with pytest.raises(OSError, match=f"{path}: 503"):
+            read(path)
 
 
 def test_worker_processes_read_urls(pictures):

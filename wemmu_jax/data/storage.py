@@ -6,6 +6,7 @@ that takes ten microseconds, and a data set may have more shards than a process 
 
 import contextlib
 import glob
+import io
 import os
 import pathlib
 import re
@@ -16,6 +17,7 @@ from typing import BinaryIO
 
 import fsspec
 
+_READ_AHEAD = 2**20  # bytes of a remote file that is read from end to end
 TRIES = 4  # of a remote read; a network fails for a moment, a disk does not
 # Remote files of which this process has a copy for the time being, see `local_copy`.
 _COPIES: dict[str, str] = {}
@@ -81,7 +83,7 @@ def stamp(path: str) -> tuple | None:
             status = os.stat(path)
             return status.st_size, status.st_mtime_ns
         system, name = _system(path)
-        info = _patiently(system.info, name)
+        info = _patiently(path, system.info, name)
         changed = next((info[k] for k in ("etag", "md5Hash", "mtime", "created") if k in info), "")
         return info["size"], str(changed)
     except FileNotFoundError:
@@ -112,12 +114,7 @@ def read(path: str, offset: int = 0, size: int = -1) -> bytes:
     if is_remote(path):
         system, name = _system(path)
         end = None if size < 0 else offset + size
-        try:
-            data = _patiently(system.cat_file, name, start=offset, end=end)
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{path}: no such file") from None
-        except OSError as error:
-            raise OSError(f"{path}: {error}") from error
+        data = _patiently(path, system.cat_file, name, start=offset, end=end)
     else:
         data = _read_local(path, offset, size)
     if size >= 0 and len(data) != size:
@@ -128,12 +125,13 @@ def read(path: str, offset: int = 0, size: int = -1) -> bytes:
 
 
 def open_file(path: str) -> BinaryIO:
-    """The file, open for reading and seeking."""
+    """The file, open for reading and seeking. Errors, of its reads as well, as those of `read`."""
     path = _COPIES.get(path, path)
     if not is_remote(path):
         return open(path, "rb")
     system, name = _system(path)
-    return system.open(name, "rb")
+    file = _patiently(path, system.open, name, "rb")
+    return io.BufferedReader(_RemoteFile(path, file), _READ_AHEAD)
 
 
 @contextlib.contextmanager
@@ -145,7 +143,7 @@ def local_copy(path: str) -> Iterator[None]:
         return
     system, name = _system(path)
     with tempfile.NamedTemporaryFile() as copy:
-        _patiently(system.get_file, name, copy.name)
+        _patiently(path, system.get_file, name, copy.name)
         _COPIES[path] = copy.name
         try:
             yield
@@ -182,15 +180,46 @@ def _read_local(path: str, offset: int, size: int) -> bytes:
         os.close(file)
 
 
-def _patiently(function, *arguments, **options):
+class _RemoteFile(io.RawIOBase):
+    """A file of fsspec, whose errors are ours."""
+
+    def __init__(self, path: str, file: BinaryIO):
+        self._path, self._file = path, file
+
+    def readinto(self, buffer) -> int:
+        data = _patiently(self._path, self._read_at, self._file.tell(), len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def _read_at(self, place: int, size: int) -> bytes:
+        self._file.seek(place)  # an attempt that failed may have moved it
+        return self._file.read(size)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def _patiently(path: str, function, *arguments, **options):
+    """What `function` gives, tried again where the network fails; what it raises at last is an OSError that names the
+    path. Clients of buckets have errors of their own that are none, such as gcsfs's HttpError."""
     for attempt in range(TRIES):
         try:
             return function(*arguments, **options)
         except FileNotFoundError:
-            raise
-        except OSError:
+            raise FileNotFoundError(f"{path}: no such file") from None
+        except Exception as error:
             if attempt == TRIES - 1:
-                raise
+                raise OSError(f"{path}: {error}") from error
             time.sleep(2.0**attempt)
 
 
@@ -211,4 +240,5 @@ def _glob(pattern: str) -> list[str]:
     if not is_remote(pattern):
         return sorted(glob.glob(pattern, recursive=True))
     system, name = _system(pattern)
-    return sorted(system.unstrip_protocol(match) for match in system.glob(name))
+    found = _patiently(pattern, system.glob, name)
+    return sorted(system.unstrip_protocol(match) for match in found)
