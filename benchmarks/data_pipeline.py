@@ -290,8 +290,9 @@ def measure(bench: Bench, kind: str, args: argparse.Namespace) -> float:
 
 def rate(batches: Iterator[int], rows: int) -> tuple[float, float]:
     """Rows a second and milliseconds of a core a row, after what was made while the processes started."""
-    for _ in range(8):
-        next(batches)
+    made = 0
+    while made < 2 * ROWS:
+        made += next(batches)
     start, spent, done = time.perf_counter(), cpu_seconds(), 0
     while done < rows:
         done += next(batches)
