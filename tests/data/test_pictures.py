@@ -88,24 +88,38 @@ def test_transparency_shows_white():
     assert (np.asarray(open_picture(saved(palette, transparency=0), name="it")) == 255).all()
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_rotation(orientation):
+# What a camera that is held so does to a picture.
+HELD = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
+@pytest.mark.parametrize("orientation", range(10))
+@pytest.mark.parametrize("form", ["JPEG", "TIFF", "PNG", "WEBP"])
+def test_exif_rotation(form, orientation):
     """What a viewer shows is the same picture whichever way the camera was held."""
-    undo = {
-        2: Image.Transpose.FLIP_LEFT_RIGHT,
-        3: Image.Transpose.ROTATE_180,
-        4: Image.Transpose.FLIP_TOP_BOTTOM,
-        5: Image.Transpose.TRANSPOSE,
-        6: Image.Transpose.ROTATE_90,
-        7: Image.Transpose.TRANSVERSE,
-        8: Image.Transpose.ROTATE_270,
-    }
-    stored = quarters().transpose(undo[orientation]) if orientation > 1 else quarters()
+    stored = quarters().transpose(HELD[orientation]) if orientation in HELD else quarters()
     exif = Image.Exif()
     exif[0x0112] = orientation
-    data = saved(stored, "JPEG", quality=95, subsampling=0, exif=exif)
+    options = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}
+    data = saved(stored, form, exif=exif, **options.get(form, {}))
     image = open_picture(data, name="it")
     assert image.size == (60, 40) and np.abs(corners(image) - PLAIN).max() <= 6
+    assert picture_size(data, name="it") == (40, 60)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "TIFF", "WEBP"])
+def test_rotation_by_xmp(form):
+    xmp = b'<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>'
+    options = {"tiffinfo": {700: xmp}} if form == "TIFF" else {"xmp": xmp}
+    data = saved(quarters().transpose(HELD[6]), form, quality=95, **options)
+    assert open_picture(data, name="it").size == (60, 40)
     assert picture_size(data, name="it") == (40, 60)
 
 

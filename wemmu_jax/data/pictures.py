@@ -67,7 +67,9 @@ def picture_size(data: bytes | str | pathlib.Path, *, name: str) -> tuple[int, i
     try:
         with _open(data, name) as image:
             sideways = image.getexif().get(_EXIF_ORIENTATION) in _EXIF_SIDEWAYS
-            return image.size if sideways else (image.height, image.width)
+            # Of a TIFF, PIL turns the size by the file's own tag as soon as it is opened, the pixels later.
+            turned = getattr(image, "tag_v2", {}).get(_EXIF_ORIENTATION) in _EXIF_SIDEWAYS
+            return image.size if sideways != turned else (image.height, image.width)
     except (FileNotFoundError, _PictureError):
         raise
     except Exception as error:  # as above
