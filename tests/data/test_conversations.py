@@ -242,5 +242,5 @@ def test_an_index_of_before_is_not_read(mixed):
     folder = build_source(mixed).index.folder
     meta = json.loads((folder / "meta.json").read_text())
     (folder / "meta.json").write_text(json.dumps({**meta, "version": 1}))
-    with pytest.raises(ValueError, match="an index of version 1, expected 3: delete it"):
+    with pytest.raises(ValueError, match="an index of version 1, expected 4: delete it"):
         build_source(mixed)

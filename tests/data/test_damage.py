@@ -3,6 +3,7 @@
 import io
 import re
 import struct
+import subprocess
 import tarfile
 import zlib
 
@@ -105,8 +106,9 @@ def test_a_damaged_tar(tmp_path, damage, member, lost, reason):
 def test_what_is_no_damage(tmp_path):
     """Archives joined by `cat`, padded by more zeros than usual, or holding folders and links."""
     tar_of_all(tmp_path / "a.tar")
-    first = (tmp_path / "a.tar").read_bytes()
-    (tmp_path / "b.tar").write_bytes(first + bytes(10 * 512) + first + bytes(512 * 64))
+    write_tar(tmp_path / "more.tar", {f"more-{name}": (picture(name), name) for name in PICTURES})
+    first, more = ((tmp_path / f"{name}.tar").read_bytes() for name in ("a", "more"))
+    (tmp_path / "b.tar").write_bytes(first + bytes(10 * 512) + more + bytes(512 * 64))
     source = build_source({"type": "webdataset", "paths": str(tmp_path / "b.tar")})
     assert len(source) == 2 * len(PICTURES) and source.problems() == []
     tar_with_others(tmp_path / "c.tar")
@@ -167,6 +169,77 @@ def test_missing_empty_and_compressed_shards(tmp_path):
     entry = {"name": "a", "tasks": ["T2I"], **spec}
     with pytest.raises(ValueError, match=r"'a': 2 of 8 records cannot be read"):
         build_feeds([entry], bad_share=0.01)
+
+
+def write_members(path, *members):
+    """A tar of (name, content)."""
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def read_tar(path):
+    """(key, text, picture) of the samples, and (key, reason) of the problems without the tar's own name."""
+    source = build_source({"type": "webdataset", "paths": str(path)})
+    found = [source[number] for number in range(len(source))]
+    problems = [
+        tuple(text.replace(f"{path}: ", "") for text in (p.key, p.reason))
+        for p in source.problems()
+    ]
+    return [(r.key, r.text, shown(r.target)) for r in found], problems
+
+
+def test_a_name_that_comes_twice_is_reported_and_the_first_counts(tmp_path):
+    path = tmp_path / "0.tar"
+    one, two = ((f"a.{kind}", data) for kind, data in (("png", picture("p1")), ("txt", b"1")))
+    again = (("a.png", picture("p2")), ("a.txt", b"2"))
+    other = (("b.png", picture("p3")), ("b.txt", b"3"))
+    kept = [("0/a", "1", "p1"), ("0/b", "3", "p3")]
+    write_members(path, one, two, *again, *other)
+    assert read_tar(path) == (kept, [("0/a", "a.png, a.txt: there twice, and the first counts")])
+    write_members(path, one, ("a.PNG", picture("p2")), two, *other)
+    assert read_tar(path) == (kept, [("0/a", "a.PNG: there twice, and the first counts")])
+    write_members(path, one, two, *other, *again)
+    came_before = "the name came before, and the first counts"
+    assert read_tar(path) == (kept, [("0/a", f"a.png, a.txt: {came_before}")])
+    write_members(path, one, *other, two)
+    found, [lacks, late] = read_tar(path)
+    assert found == kept[1:] and lacks[0] == "0/a" and "no .txt beside png" in lacks[1]
+    assert late == ("0/a", f"a.txt: {came_before}")
+
+
+def test_a_member_with_nothing_before_its_dot(tmp_path):
+    path = tmp_path / "0.tar"
+    whole = [(name, picture("p1") if name.endswith("png") else b"1") for name in ("a.png", "a.txt")]
+    nameless = [(name, whole[name.endswith("txt")][1]) for name in (".png", "sub/.txt")]
+    write_members(path, *nameless, *whole)
+    reason = "nothing before the dot: of no sample"
+    kept = [("0/a", "1", "p1")]
+    assert read_tar(path) == (kept, [(name, reason) for name in (".png", "sub/.txt")])
+    # What macOS puts beside every file neither parts a sample nor is one.
+    others = [(name, b"x") for name in ("._a.png", "._a.txt", ".DS_Store")]
+    write_members(path, others[0], whole[0], *others[1:], whole[1])
+    assert read_tar(path) == (kept, [])
+
+
+@pytest.mark.parametrize("form", ["gnu", "posix"])
+@pytest.mark.parametrize(("sparse", "kept"), [("p1.png", "p0 p2"), ("p1.json", "p0 p1 p2")])
+def test_a_sparse_member_costs_only_itself(tmp_path, form, sparse, kept):
+    files = []
+    for name in ("p0", "p1", "p2"):
+        for kind, data in (("json", b"{}"), ("png", picture(name)), ("txt", name.encode())):
+            files.append(f"{name}.{kind}")
+            (tmp_path / files[-1]).write_bytes(data)
+    with (tmp_path / sparse).open("r+b") as file:
+        file.truncate(10**7)  # far past the tar's end
+    command = ["tar", f"--format={form}", "-cSf", "0.tar", *files]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    assert (tmp_path / "0.tar").stat().st_size < 10**5
+    found, [problem] = read_tar(tmp_path / "0.tar")
+    assert found == [(f"0/{name}", name, name) for name in kept.split()]
+    assert "p1" in problem[0] and f"{sparse} is a sparse member (tar -S)" in problem[1]
 
 
 def png(image, **options):

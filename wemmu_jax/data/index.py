@@ -34,7 +34,7 @@ import numpy as np
 from wemmu_jax.data.records import Turn
 from wemmu_jax.files import read_object, write_json
 
-VERSION = 3
+VERSION = 4
 MOST_SOURCES = 4  # of a record
 
 RECORD = np.dtype(

@@ -1,8 +1,9 @@
 """Tars of samples: webdataset, as img2dataset writes it (CC12M, LAION) and as BLIP3o comes.
 
 The members of a sample lie together and share their name up to its first dot: `000001.jpg`, `000001.txt`,
-`000001.json`. tarfile reads the headers; what it steps over, a header whose checksum does not fit or blocks of zeros
-in the middle, is told apart here from what is only padding.
+`000001.json`. Of a name that comes twice the first counts: tar's own rule is the other one, but for webdataset a
+second is an error, and those that go on after it keep the first. tarfile reads the headers; what it steps over, a
+header whose checksum does not fit or blocks of zeros in the middle, is told apart here from what is only padding.
 """
 
 import dataclasses
@@ -17,16 +18,47 @@ from wemmu_jax.data.index import Entry, Place, Problem, unread
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
 _BLOCK = 512
+# Of tarfile, at a broken header; the last two at the map of a sparse member.
+_BROKEN = (tarfile.ReadError, ValueError, IndexError)
 
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """A file in a tar: its name, the offset of its first byte, its size, and what was skipped before its header."""
+    """A file in a tar: its name, the offset of its first byte, its size (-1: it cannot be read), and why, or what was
+    skipped before its header."""
 
     name: str
     at: int
     size: int
     gap: str = ""
+
+
+@dataclasses.dataclass
+class _Sample:
+    """Members of one name that lie together.
+
+    Attributes:
+      stem: the name up to its first dot; empty where it begins with one, and of what lies behind the last file.
+      members: by extension; by "" one that cannot be read.
+      gaps: what was skipped before them.
+      twice: names of those whose extension another has already.
+    """
+
+    stem: str
+    members: dict[str, Member] = dataclasses.field(default_factory=dict)
+    gaps: list[str] = dataclasses.field(default_factory=list)
+    twice: list[str] = dataclasses.field(default_factory=list)
+
+    def add(self, member: Member, extension: str = "") -> None:
+        """Takes a member, unless there is one of its extension."""
+        if member.gap:
+            self.gaps.append(member.gap)
+        if member.size < 0:
+            self.members[""] = member
+        elif extension in self.members:
+            self.twice.append(member.name)
+        else:
+            self.members[extension] = member
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,12 +95,12 @@ class Webdataset:
 
     def _records(self, path: str) -> Iterator[Entry | Problem]:
         shard = pathlib.PurePosixPath(path).name.partition(".")[0]
-        was_whole = True
-        for stem, members in _samples(path):
+        was_whole, seen = True, set()
+        for sample in _samples(path):
+            stem, members, gap = sample.stem, sample.members, "; ".join(sample.gaps)
             key = f"{shard}/{stem}"
-            gap = "; ".join(m.gap for m in members.values() if m.gap)
             try:
-                if stem:
+                if stem and stem not in seen:
                     yield Entry(key, self._text(path, members), (_picture(path, members),))
             except (ValueError, OSError) as error:
                 was_whole = False
@@ -77,8 +109,24 @@ class Webdataset:
                 yield dataclasses.replace(problem, reason=reason)
             else:
                 if gap and was_whole:  # else it is what the sample before lacks
-                    yield Problem(f"{path} before {stem or 'its end'}", gap)
+                    name = stem or "".join(member.name for member in members.values())
+                    yield Problem(f"{path} before {name or 'its end'}", gap)
                 was_whole = True
+            if not stem:
+                yield from self._nameless(path, members)
+            elif stem in seen:
+                names = ", ".join(member.name for member in members.values())
+                yield Problem(key, f"{path}: {names}: the name came before, and the first counts")
+            elif sample.twice:
+                names = ", ".join(sample.twice)
+                yield Problem(key, f"{path}: {names}: there twice, and the first counts")
+            seen.add(stem)
+
+    def _nameless(self, path: str, members: dict[str, Member]) -> Iterator[Problem]:
+        """What should have been a sample's; `._a.jpg` of macOS, `.DS_Store` and the like should not."""
+        for extension, member in members.items():
+            if extension in (*PICTURES, self.text.partition(":")[0]) and extension:
+                yield Problem(f"{path}: {member.name}", "nothing before the dot: of no sample")
 
     def read(self, path: str, at: int, size: int) -> bytes:
         """Bytes of a member."""
@@ -142,7 +190,7 @@ def members(path: str) -> Iterator[Member]:
         while tar is not None:
             try:
                 info = tar.next()
-            except tarfile.ReadError:
+            except _BROKEN:
                 if tar.offset >= size:
                     break
                 tar.offset += _BLOCK  # a long name whose own header is broken
@@ -152,11 +200,18 @@ def members(path: str) -> Iterator[Member]:
                 break
             gaps += _gap(path, end, info.offset)
             end = tar.offset
-            if info.offset_data + info.size > size:
-                after = f"the tar is cut: {info.name} should end at {info.offset_data + info.size}"
+            # A sparse file's size is that of the whole file, of which the tar has only parts.
+            stop = end - _BLOCK + 1 if info.issparse() else info.offset_data + info.size
+            if stop > size:
+                after = f"the tar is cut: {info.name} should end at {stop}"
                 gaps.append(f"{after}, the file ends at {size}")
                 yield Member(info.name, info.offset_data, -1, "; ".join(gaps))
                 return
+            if info.issparse():
+                gaps.append(f"{info.name} is a sparse member (tar -S), only parts of it are there")
+                yield Member(info.name, info.offset_data, -1, "; ".join(gaps))
+                gaps.clear()
+                continue
             # What was skipped before a folder or a link is told with the next file.
             if info.isreg():
                 yield Member(info.name, info.offset_data, info.size, "; ".join(gaps))
@@ -171,7 +226,7 @@ def _open(file: BinaryIO, size: int) -> tarfile.TarFile | None:
         file.seek(start)
         try:
             return tarfile.open(fileobj=file, mode="r:", ignore_zeros=True)
-        except tarfile.ReadError:
+        except _BROKEN:
             pass
     return None
 
@@ -187,21 +242,25 @@ def _gap(path: str, start: int, end: int) -> list[str]:
     return []
 
 
-def _samples(path: str) -> Iterator[tuple[str, dict[str, Member]]]:
-    """(name up to the first dot, extension -> member), as they come."""
-    stem, sample = "", {}
+def _samples(path: str) -> Iterator[_Sample]:
+    """The samples as they come; what has no name comes by itself and, as in webdataset, ends no sample."""
+    sample = _Sample("")
     for member in members(path):
         folder, slash, name = member.name.rpartition("/")
-        own, _, extension = name.partition(".")
-        own = folder + slash + own
-        if sample and own != stem:
-            yield stem, sample
-            sample = {}
-        stem = own
-        # A second file of the same name is a second copy; the first one counts.
-        sample.setdefault(extension.lower() if member.size >= 0 else "", member)
-    if sample:
-        yield stem, sample
+        stem, _, extension = name.partition(".")
+        if not stem and member.name:
+            nameless = _Sample("")
+            nameless.add(member, extension.lower())
+            yield nameless
+            continue
+        stem = folder + slash + stem
+        if stem != sample.stem:
+            if sample.members:
+                yield sample
+            sample = _Sample(stem)
+        sample.add(member, extension.lower())
+    if sample.members:
+        yield sample
 
 
 def _picture(path: str, members: dict[str, Member]) -> Place:
