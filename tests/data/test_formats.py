@@ -152,9 +152,15 @@ def test_uniworld(pictures):
         ),
         (f"{two}:4", "expected one <gen_image>, in the last turn; found 1"),
     ]
-    (pictures / "data.txt").write_text("a,b\n")
-    with pytest.raises(ValueError, match=r"data\.txt, line 1: expected image_root,annotation"):
-        build_source(spec)
+    for data, message in [
+        (b"a,b\n", "line 1: expected image_root,annotation"),
+        (b"\n,a/one.json,true\n", "line 2: expected image_root,.*; found ',a/one.json,true'"),
+        (b"\n\ncaf\xe9,a/one.json,true\n", "line 3: not UTF-8"),
+        (b".,../one.json,true\n", r"line 1: '\.\./one\.json' leads out"),
+    ]:
+        (pictures / "data.txt").write_bytes(data)
+        with pytest.raises(ValueError, match=rf"data\.txt, {message}"):
+            build_source(spec)
 
 
 def test_omnigen2(pictures):
@@ -185,6 +191,60 @@ def test_omnigen2(pictures):
     assert found == records({"type": "omnigen2", "file": str(pictures / "mix.yml")})
     whole = {"type": "omnigen2", "file": str(pictures / "sub/edit.jsonl")}
     assert [r[1] for r in records(whole)] == [f"edit {n}" for n in range(50)]
+
+
+def omnigen2(folder, *entries):
+    """A YAML file that names others; its data set."""
+    (folder / "mix.yml").write_text(json.dumps({"data": entries}))
+    return {"type": "omnigen2", "file": str(folder / "mix.yml")}
+
+
+def test_omnigen2_files_that_name_each_other_or_are_missing(pictures):
+    row = {"instruction": "draw", "output_image": "p0.png"}
+    write_json(pictures / "a.jsonl", [row] * 50, lines=True)
+    with pytest.raises(ValueError, match=r"mix\.yml: names itself: .*mix\.yml -> .*mix\.yml"):
+        build_source(omnigen2(pictures, {"path": "mix.yml"}))
+    write_json(pictures / "b.yml", {"data": [{"path": "mix.yml"}]})
+    with pytest.raises(ValueError, match=r"mix\.yml -> .*b\.yml -> .*mix\.yml"):
+        build_source(omnigen2(pictures, {"path": "a.jsonl"}, {"path": "./b.yml"}))
+    with pytest.raises(FileNotFoundError, match=r"gone\.yml: no such file"):
+        build_source(omnigen2(pictures, {"path": "gone.yml"}))
+    source = build_source(omnigen2(pictures, {"path": "a.jsonl"}, {"path": "gone.yml"}))
+    gone = f"{pictures}/gone.yml"
+    assert [(p.key, p.reason) for p in source.problems()] == [(gone, f"{gone}: no such file")]
+    assert len(source) == 50
+    spec = omnigen2(pictures, {"path": "a.jsonl"}, {"path": "a.yml", "ratio": 0.5})
+    (pictures / "other.jsonl").write_bytes((pictures / "a.jsonl").read_bytes())
+    write_json(pictures / "a.yml", {"data": [{"path": "other.jsonl"}]})
+    assert 60 < (half := len(build_source(spec))) < 90
+    write_json(pictures / "a.yml", {"data": [{"path": "other.jsonl", "ratio": 0.2}]})
+    assert 50 < len(build_source(spec)) < half, "all files of the tree name the index"
+    with pytest.raises(
+        ValueError, match=r"a\.jsonl: .*at most 1; found 2\. .*of its own.*`weight`"
+    ):
+        build_source(omnigen2(pictures, {"path": "a.jsonl", "ratio": 2}))
+    with pytest.raises(ValueError, match=r"mix\.yml: '\.\./a\.jsonl' leads out"):
+        build_source(omnigen2(pictures, {"path": "../a.jsonl"}))
+
+
+@pytest.mark.parametrize("kind", ["omnigen2", "imgedit", "io-json"])
+def test_absolute_paths_and_urls_in_lists(pictures, kind):
+    """Read as they are written; `..` leads out of no root."""
+    (pictures / "lists").mkdir()
+    far = [str(pictures / "p1.png"), f"file://{pictures}/p2.png"]
+    keys = {"io-json": ("input_prompt", "input_image", "output_image")}
+    text, before, after = keys.get(kind, ("instruction", "input_images", "output_image"))
+    rows = [{text: "edit", before: far, after: str(pictures / "p0.png")}]
+    rows.append({text: "edit", before: ["../p1.png"], after: far[0]})
+    spec = {"type": kind, "file": write_json(pictures / "lists/a.jsonl", rows, lines=True)}
+    if kind == "imgedit":
+        rows = [{"prompt": "edit", before: r[before], "output_images": [r[after]]} for r in rows]
+        pq.write_table(pa.Table.from_pylist(rows), pictures / "lists/a.parquet")
+        spec = {"type": kind, "paths": str(pictures / "lists/a.parquet")}
+    [found] = records({**spec, "root": str(pictures / "lists")})
+    assert found[1:] == ("edit", "p0", ("p1", "p2"))
+    [problem] = build_source({**spec, "root": str(pictures / "lists")}).problems()
+    assert "'../p1.png' leads out of its folder" in problem.reason
 
 
 def test_bagel(tmp_path):

@@ -31,13 +31,17 @@ def is_remote(path: str) -> bool:
 
 
 def join(folder: str, name: str) -> str:
-    """`name` inside `folder`.
+    """`name` inside `folder`; an absolute path or a URL as it is written.
 
     Raises:
-      ValueError: it leads out of the folder.
+      ValueError: it is empty or leads out of the folder.
     """
+    if not name:
+        raise ValueError(f"expected a path below {folder}, found an empty one")
     parts = pathlib.PurePosixPath(name)
-    if parts.is_absolute() or ".." in parts.parts or is_remote(name) or not name:
+    if parts.is_absolute() or is_remote(name):
+        return name
+    if ".." in parts.parts:
         raise ValueError(f"{name!r} leads out of its folder {folder}")
     # Of a bucket, unlike of a disk, `folder/./name` is another name; `.` has no parts.
     return "/".join((folder.rstrip("/"), *parts.parts))
@@ -52,7 +56,7 @@ def expand(patterns: str | list | tuple) -> list[str]:
     """The files that patterns name, in order.
 
     `{00000..01242}` and `{a,b}` name every file they spell, there or not, so that a missing shard is noticed; `*`,
-    `?` and `[...]` name what is there.
+    `?` and `[...]` name what is there. A local file whose own name has such signs is found by it.
 
     Raises:
       FileNotFoundError: a pattern with `*` matches nothing.
@@ -61,12 +65,13 @@ def expand(patterns: str | list | tuple) -> list[str]:
     found = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         for name in _spell(pattern):
-            if not glob.has_magic(name):
+            if not glob.has_magic(name) or (not is_remote(name) and os.path.exists(name)):
                 found.append(name)
                 continue
             matches = _glob(name)
             if not matches:
-                raise FileNotFoundError(f"{name}: matches no file")
+                hint = "; a [ that is part of a name is written [[]" * ("[" in name)
+                raise FileNotFoundError(f"{name}: matches no file{hint}")
             found += matches
     if len(set(found)) != len(found):
         twice = next(name for name in found if found.count(name) > 1)
@@ -230,6 +235,8 @@ def _spell(pattern: str) -> list[str]:
     before, after = pattern[: found.start()], pattern[found.end() :]
     first, dots, last = found[1].partition("..")
     if dots and first.isdigit() and last.isdigit():
+        if int(first) > int(last):
+            raise ValueError(f"{pattern}: {found[0]} names no file: it counts down")
         choices = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
     else:
         choices = found[1].split(",")

@@ -23,7 +23,7 @@ from wemmu_jax.data.records import Turn
 
 @dataclasses.dataclass(frozen=True)
 class Folder(Rows):
-    """A folder of pictures and a JSONL file in it, one record a line; paths stay inside the folder.
+    """A folder of pictures and a JSONL file in it, one record a line; relative paths stay inside the folder.
 
         {"image": "a.jpg", "caption": "a red barn"}
         {"image": "after.png", "instruction": "make it blue", "sources": ["before.png"]}
@@ -182,19 +182,24 @@ class UniWorld(Rows):
 
     def _lists(self):
         base = self.root or storage.parent(self.file)
-        lists = []
-        for number, line in enumerate(storage.read(self.file).decode().splitlines(), 1):
+        data, lists = storage.read(self.file), []
+        try:
+            lines = data.decode("utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            line = data.count(b"\n", 0, error.start) + 1
+            raise ValueError(f"{self.file}, line {line}: not UTF-8: {error}") from error
+        for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             parts = [part.strip() for part in line.split(",")]
-            if len(parts) != 3 or parts[2] not in ("true", "false"):
+            if len(parts) != 3 or not all(parts) or parts[2] not in ("true", "false"):
                 raise ValueError(
                     f"{self.file}, line {number}: expected image_root,annotation.json,true|false; found {line!r}"
                 )
-            root, file = (
-                p if p.startswith("/") or storage.is_remote(p) else storage.join(base, p)
-                for p in parts[:2]
-            )
+            try:
+                root, file = (storage.join(base, part) for part in parts[:2])
+            except ValueError as error:
+                raise ValueError(f"{self.file}, line {number}: {error}") from error
             lists.append((file, root))
         return lists
 
@@ -229,7 +234,8 @@ class Conversations(Rows):
 class OmniGen2(Rows):
     """OmniGen2 and X2I2: a YAML file `data: [{path, type, ratio}]`, nested, and JSONL files; or one JSONL file.
 
-    A `ratio` below 1 keeps that part of a file's records, chosen by their keys.
+    A `ratio` below 1 keeps that part of a file's records, chosen by their keys. One above 1 would draw them more often
+    than others, which is what a `weight` is for; OmniGen2's own loader reads it and does nothing with it.
 
     Attributes:
       file: the YAML or JSONL file.
@@ -241,17 +247,18 @@ class OmniGen2(Rows):
 
     def inputs(self) -> list[str]:
         """All files of the tree."""
-        return [self.file, *(file for file, _ in self._leaves())]
+        return [file for file, _, _ in _tree(self.file, self.root)]
 
     def _lists(self):
         return [(file, self.root or storage.parent(file)) for file, _ in self._leaves()]
 
     def _leaves(self) -> list[tuple[str, float]]:
-        return _yaml_leaves(self.file, self.root)
+        """(list, its ratio)."""
+        return [(file, ratio) for file, ratio, is_list in _tree(self.file, self.root) if is_list]
 
     def scan(self, unit: list) -> Iterator[Entry | Problem]:
         """As `Rows.scan`, a ratio's part of it."""
-        ratio = dict(self._leaves())[unit[0]]
+        ratio = dict(self._leaves()).get(unit[0], 1)  # a file that was missing may be there by now
         for found in super().scan(unit):
             # What is wrong with the whole file is nobody's part.
             if found.key == unit[0] or zlib.crc32(found.key.encode()) < ratio * 2**32:
@@ -262,9 +269,15 @@ class OmniGen2(Rows):
         return Entry(key, _text(row, "instruction"), tuple(map(find, names)))
 
 
-def _yaml_leaves(file: str, root: str, ratio: float = 1.0) -> list[tuple[str, float]]:
-    if not file.endswith((".yml", ".yaml")):
-        return [(file, ratio)]
+def _tree(
+    file: str, root: str, ratio: float = 1.0, above: tuple[str, ...] = ()
+) -> list[tuple[str, float, bool]]:
+    """(file, its ratio, whether it is a list) of the file and of all that it names; `above`: those that name it. A YAML
+    file that is missing counts as a list that is."""
+    if not file.endswith((".yml", ".yaml")) or storage.stamp(file) is None:
+        return [(file, ratio, True)]
+    if file in above:
+        raise ValueError(f"{file}: names itself: {' -> '.join((*above, file))}")
     try:
         found = yaml.safe_load(storage.read(file))
     except yaml.YAMLError as error:
@@ -274,15 +287,20 @@ def _yaml_leaves(file: str, root: str, ratio: float = 1.0) -> list[tuple[str, fl
         isinstance(e, dict) and isinstance(e.get("path"), str) for e in entries
     ):
         raise ValueError(f"{file}: expected data: [{{path, type, ratio}}]; found {found!r}")
-    leaves = []
+    files = [(file, ratio, False)]
     for entry in entries:
         path, part = entry["path"], entry.get("ratio", 1)
         if not isinstance(part, int | float) or not 0 < part <= 1:
-            raise ValueError(f"{file}: {path}: expected a ratio above 0, at most 1; found {part!r}")
-        if not path.startswith("/") and not storage.is_remote(path):
+            raise ValueError(
+                f"{file}: {path}: expected a ratio above 0, at most 1; found {part!r}. A file that is to be "
+                "drawn more often than others wants an entry of its own with a `weight`"
+            )
+        try:
             path = storage.join(root or storage.parent(file), path)
-        leaves += _yaml_leaves(path, root, ratio * part)
-    return leaves
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
+        files += _tree(path, root, ratio * part, (*above, file))
+    return files
 
 
 def _text(row: dict, key: str) -> str:
