@@ -8,6 +8,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from wemmu_jax.data import storage
 from wemmu_jax.data.buckets import make_buckets
 from wemmu_jax.data.formats import lists, rows
 from wemmu_jax.data.pools import gather_pools
@@ -78,7 +79,8 @@ def test_records_of_all_kinds(folder):
         ('{"image": "a.png", "caption": "\udcff"}', "row 2: not JSON in UTF-8"),
         ({**CAPTION, "image": ["a.png"]}, "row 2: expected a picture's path"),
         ({**CAPTION, "image": "../a.png"}, r"row 2: '\.\./a\.png' leads out"),
-        ({**CAPTION, "image": "/etc/a.png"}, "row 2: .* leads out"),
+        ({**CAPTION, "image": ""}, "row 2: expected a path below .*, found an empty one"),
+        ({**CAPTION, "image": "/nowhere/a.png"}, r"/nowhere/a\.png: no such file"),
         ({**EDIT, "sources": ["sub/../../a.png"]}, "row 2: .* leads out"),
         ({**EDIT, "sources": "a.png"}, "row 2: 'sources' must be a list"),
         ({**EDIT, "sources": []}, "row 2: 'sources' must be a list of one to four"),
@@ -174,6 +176,15 @@ def test_config_entries(folder):
         ({**entry, "type": "webfolder"}, "type must be one of webdataset, .*; found 'webfolder'"),
         ({"folder": "x"}, "found None"),
         ({**entry, "captions": 3}, "captions must be paths; found 3"),
+        ({**entry, "captions": [5]}, r"captions must be paths; found \[5\]"),
+        ({"type": "bagel", "paths": ["a", 2]}, r"paths must hold only texts; found \['a', 2\]"),
+        *[
+            (
+                {"type": "webdataset", "paths": "a.tar", "text": text},
+                f"data set .*'a.tar'.*: webdataset text: .*json:FIELD; found '{text}'",
+            )
+            for text in ("json", "json:", ":caption")
+        ],
         ({**entry, "knid": "edit"}, "knid"),
         ({"type": "folder"}, "'folder'"),
     ]:
@@ -195,6 +206,10 @@ def test_config_entries(folder):
         ({"tasks": "T2I"}, "'a': tasks must be .*; found 'T2I'"),
         ({"tasks": []}, r"'a': tasks must be .*; found \[\]"),
         ({"tasks": 1}, "'a': tasks must be .*; found 1"),
+        (
+            {"tasks": ["T2I", "Rec", "T2I"]},
+            r"'a': tasks must be named once; found \['T2I', 'Rec', ",
+        ),
         *[
             ({"weight": weight}, f"'a': weight must be a finite number .*; found {weight!r}")
             for weight in (-3, 0, "2", None, True, 1e-9, float("nan"), float("inf"))
@@ -258,3 +273,22 @@ def test_a_build_that_was_stopped_goes_on(folder, monkeypatch):
         path.name for path in source.index.folder.parent.glob(f"{source.index.folder.name}*")
     ]
     assert siblings == [source.index.folder.name], "nothing half built is left"
+
+
+def test_paths_with_signs_of_patterns(tmp_path):
+    for name in ("br[1]/0.tar", "br[1]/a*.tar", "br1/0.tar"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    odd = str(tmp_path / "br[1]")
+    assert storage.expand(f"{odd}/0.tar") == [f"{odd}/0.tar"], "not what the pattern means"
+    assert storage.expand(f"{odd}/{{0,a*}}.tar") == [f"{odd}/0.tar", f"{odd}/a*.tar"]
+    escaped = tmp_path / "br[[]1]"
+    assert storage.expand(f"{escaped}/*.tar") == [f"{odd}/0.tar", f"{odd}/a*.tar"]
+    with pytest.raises(
+        FileNotFoundError, match=r"1\.tar: matches no file; a \[ .* is written \[\[\]"
+    ):
+        storage.expand(f"{odd}/1.tar")
+    with pytest.raises(
+        ValueError, match=r"^x/\{10\.\.1\}\.tar: \{10\.\.1\} names no file: it counts down"
+    ):
+        storage.expand("x/{10..1}.tar")

@@ -169,7 +169,7 @@ def _parse(spec: Mapping) -> tuple[Format | RecordSource, str | list | tuple]:
             f"data set {dict(spec)}: type must be one of {', '.join([*FORMATS, 'miniworld'])}; found {kind!r}"
         )
     captions = arguments.pop("captions", ())
-    if not isinstance(captions, str | list | tuple):
+    if not isinstance(captions, str | list | tuple) or not _are_texts(captions):
         raise ValueError(f"data set {dict(spec)}: captions must be paths; found {captions!r}")
     return _call(FORMATS[kind], arguments, spec), captions
 
@@ -230,6 +230,8 @@ def _data_set(entry: Mapping) -> DataSet:
         raise ValueError(
             f"data set {name!r}: tasks must be a list of some of {', '.join(known)}; found {tasks!r}"
         )
+    if len(set(tasks)) != len(tasks):
+        raise ValueError(f"data set {name!r}: tasks must be named once; found {tasks!r}")
     one = DataSet(name, tuple(map(Task, tasks)), weight, spec)
     one.feeds([])  # which looks at the weight
     _parse(spec)
@@ -300,7 +302,17 @@ def _call(function: Callable, arguments: Mapping[str, Any], spec: Mapping):
         if isinstance(value, bool) or not isinstance(value, expected):
             form = inspect.formatannotation(expected)
             raise ValueError(f"data set {dict(spec)}: {name} must be {form}; found {value!r}")
-    return function(**arguments)
+        if not _are_texts(value):
+            raise ValueError(f"data set {dict(spec)}: {name} must hold only texts; found {value!r}")
+    try:
+        return function(**arguments)
+    except ValueError as error:
+        raise ValueError(f"data set {dict(spec)}: {error}") from error
+
+
+def _are_texts(value: Any) -> bool:
+    """Whether a list holds only texts; what is no list passes."""
+    return not isinstance(value, list | tuple) or all(isinstance(one, str) for one in value)
 
 
 def _summary(problems: Sequence[Problem], most: int = 5) -> str:

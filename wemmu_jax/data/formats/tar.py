@@ -1,9 +1,11 @@
 """Tars of samples: webdataset, as img2dataset writes it (CC12M, LAION) and as BLIP3o comes.
 
 The members of a sample lie together and share their name up to its first dot: `000001.jpg`, `000001.txt`,
-`000001.json`. Of a name that comes twice the first counts: tar's own rule is the other one, but for webdataset a
-second is an error, and those that go on after it keep the first. tarfile reads the headers; what it steps over, a
-header whose checksum does not fit or blocks of zeros in the middle, is told apart here from what is only padding.
+`000001.json`. Of a name that comes twice the first counts: tar's own rule is the other one, but in a sample of
+webdataset a second is an error, and who goes on after it keeps the first. A later sample of a name would share its key.
+
+tarfile reads the headers; what it steps over, a header whose checksum does not fit or blocks of zeros in the middle,
+is told apart here from what is only padding.
 """
 
 import dataclasses
@@ -73,6 +75,13 @@ class Webdataset:
     paths: str | list | tuple
     text: str = "txt"
     loose = False
+
+    def __post_init__(self):
+        extension, _, field = self.text.partition(":")
+        if (extension == "json" and not field) or (self.text and not extension):
+            raise ValueError(
+                f"webdataset text: expected an extension such as txt, or json:FIELD; found {self.text!r}"
+            )
 
     def inputs(self) -> list[str]:
         """The tars."""
