@@ -8,9 +8,10 @@ import numpy as np
 
 from wemmu_jax.data.buckets import Bucket, nearest_indices
 from wemmu_jax.data.index import Problem
-from wemmu_jax.data.indexing import Progress, each
+from wemmu_jax.data.indexing import Progress
 from wemmu_jax.data.pictures import open_picture
 from wemmu_jax.data.pools import Feed
+from wemmu_jax.data.processes import each
 from wemmu_jax.data.records import conversations, source_counts
 from wemmu_jax.data.sources import IndexedSource
 from wemmu_jax.data.tasks import Task, arities, make_example

@@ -6,20 +6,18 @@ own there are too many to look at whenever a set is opened: a renewal does, and 
 one of before, `NAME.1`, `NAME.2`, ..., which runs may be reading. The last one counts.
 """
 
-import concurrent.futures
 import dataclasses
 import enum
 import filecmp
 import hashlib
 import itertools
 import json
-import multiprocessing
 import os
 import pathlib
 import shutil
 import sys
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from wemmu_jax.data import storage
@@ -35,6 +33,7 @@ from wemmu_jax.data.index import (
     settle,
 )
 from wemmu_jax.data.measuring import write_part
+from wemmu_jax.data.processes import each
 
 Progress = Callable[[int, int], None]  # units done, units in all
 
@@ -191,22 +190,6 @@ def _renew(
             settle(merged, folder.with_name(f"{folder.name}.{number}"))
     finally:
         shutil.rmtree(building, ignore_errors=True)
-
-
-def each(function: Callable, jobs: Sequence[tuple], processes: int) -> Iterator[Any]:
-    """`function(*job)` for each job as they are done, in any order; in so many processes, with 0 in this one."""
-    if processes == 0 or len(jobs) < 2:
-        yield from (function(*job) for job in jobs)
-        return
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
-        futures = [pool.submit(function, *job) for job in jobs]
-        try:
-            for future in concurrent.futures.as_completed(futures):
-                yield future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
 
 
 def _sidecars(captions: str | list | tuple, building: pathlib.Path) -> pathlib.Path | None:

@@ -4,8 +4,9 @@ import pathlib
 
 from wemmu_jax.data.formats import array_record
 from wemmu_jax.data.index import Problem
-from wemmu_jax.data.indexing import Progress, each
+from wemmu_jax.data.indexing import Progress
 from wemmu_jax.data.manifest import go_on
+from wemmu_jax.data.processes import each
 from wemmu_jax.data.sources import IndexedSource
 from wemmu_jax.files import replacing
 

@@ -27,13 +27,10 @@ import numpy as np
 
 from wemmu_jax.data import nursery
 from wemmu_jax.data.buckets import Bucket
+from wemmu_jax.data.processes import MOST_DEATHS, end_with_parent
 from wemmu_jax.data.rows import Candidates, Measured, Row, RowMaker
 
-# A row that takes its worker with it every time, by its memory or by a decoder's fault, must not do so for ever.
-MOST_DEATHS = 5
-
 _ALIGNMENT = 64
-_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of mallopt(3), bytes; the latter is the most that glibc takes.
 _KEPT = ((-1, 2**26), (-3, 2**25))
 
@@ -112,9 +109,9 @@ class Workers:
 
 def _start(name: str) -> None:
     global _maker
+    end_with_parent()
     _maker = nursery.maker if nursery.name == name else nursery.load(name)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair
-    ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
     keep_memory()
 
 
