@@ -192,6 +192,10 @@ def test_captions_are_what_the_model_says_of_each_picture(
     content = (photos.parent / "4.png").read_bytes()
     source_of(photos)
     (photos.parent / "4.png").write_bytes(b"x" + content[1:])
+    entries = yaml.safe_load(photos.read_text())
+    sidecars = f"{tmp_path}/new/photos/captions-?????-of-?????.jsonl"
+    photos.write_text(yaml.safe_dump([one | {"captions": sidecars} for one in entries]))
+    assert "matches no file" in wemmu("data", "index", photos).err
     words = ["data", "caption", photos, "--init", converted, "--out", tmp_path / "new"]
     words += ["--resolution", 48, "--batch", 8, "--max-new-tokens", 6, "--dtype", "float32"]
     first = wemmu(*words, "--shard", "1/2")
@@ -221,7 +225,7 @@ def test_captions_are_what_the_model_says_of_each_picture(
         picture = photos.parent / key.split(":")[1]
         said = model.chat(DESCRIPTION_PROMPT, images=[picture], max_new_tokens=6)
         assert rows[key] == said.strip()
-    recaptioned = source_of(photos, captions=f"{folder}/captions-?????-of-?????.jsonl")
+    recaptioned = source_of(photos)
     found = {r.key: r.text for r in map(recaptioned.__getitem__, range(len(recaptioned)))}
     assert found == {key: caption.strip() for key, caption in rows.items() if key in found}
     assert len(found) >= 20

@@ -1,6 +1,7 @@
 """Sidecars of captions while an index is made."""
 
 import json
+import re
 import tracemalloc
 
 import pytest
@@ -53,24 +54,38 @@ def test_a_process_maps_them(recaptioned, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("line", "reason"),
     [
-        ("{", r"b\.jsonl, line 2: expected \{\"key\""),
-        ({"key": "a"}, r"b\.jsonl, line 2: .*KeyError: 'caption'"),
-        ({"key": 3, "caption": "x"}, r"b\.jsonl, line 2: .*expected a text, found int"),
-        ({"key": "\ud800", "caption": "x"}, r"b\.jsonl, line 2: .*no Unicode"),
-        ({"key": "c", "caption": " "}, r"b\.jsonl, line 2: .*empty"),
-        ({"key": "a", "caption": "x"}, r"two captions for 'a'"),
+        (" ", r"^the sidecars have no caption for it$"),
+        (
+            '{"key": "3:a.png", "capt',
+            r"no caption for it; lines that .*: 1, first .*new1\.jsonl, line 3: expected \{",
+        ),
+        ({"key": 3, "caption": "x"}, r"no caption for it; .*line 3: .*expected a text, found int"),
+        ({"key": "\ud800", "caption": "x"}, r"no caption for it; .*line 3: .*no Unicode"),
+        ({"key": "3:a.png", "reason": "x"}, r"new1\.jsonl, line at byte 90: .*KeyError: 'caption'"),
+        ({"key": "3:a.png", "caption": " "}, r"new1\.jsonl, line at byte 90: .*text is empty"),
     ],
 )
-def test_a_bad_line_leaves_nothing_behind(tmp_path, line, message):
+def test_a_bad_line_costs_its_record(recaptioned, tmp_path, line, reason):
+    file = tmp_path / "new1.jsonl"
+    lines = file.read_text().splitlines()
+    assert '"3:a.png"' in lines[2]
+    lines[2] = line if isinstance(line, str) else json.dumps(line)
+    file.write_text("\n".join(lines))
+    source = build_source(recaptioned)
+    assert [source[n].text for n in range(9)] == [f"new {n}:a.png" for n in (1, 2, *range(4, 11))]
+    [problem] = source.problems()
+    assert problem.key == "3:a.png" and re.search(reason, problem.reason), problem
+
+
+def test_two_captions_leave_nothing_behind(tmp_path):
     files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
-    files[0].write_text(json.dumps({"key": "a", "caption": " A "}) + "\n")
-    last = line if isinstance(line, str) else json.dumps(line)
-    files[1].write_text(json.dumps({"key": "b", "caption": "B"}) + "\n" + last + "\n")
-    with pytest.raises(ValueError, match=message):
+    write_json(files[0], [{"key": " a ", "caption": " A "}], lines=True)
+    write_json(files[1], [{"key": "b", "caption": ""}, {"key": " a ", "caption": "x"}], lines=True)
+    with pytest.raises(ValueError, match="two captions for ' a '"):
         write_captions(list(map(str, files)), tmp_path / "table")
     assert sorted(tmp_path.iterdir()) == files
     write_captions([str(files[0])], tmp_path / "table")
     found = Captions(tmp_path / "table")
-    assert len(found) == 1 and found.get("a") == "A" and found.get("b") is None
+    assert len(found) == 1 and found.get(" a ") == "A" and found.get("b") is None

@@ -4,6 +4,7 @@ SPEC is a YAML file of data sets, or a stage's config, `FILE.py:STAGE`, whose se
 """
 
 import argparse
+import dataclasses
 import os
 import pathlib
 import sys
@@ -198,7 +199,11 @@ def _caption(args: argparse.Namespace) -> None:
     from wemmu_jax.data.prompts import DESCRIPTION_PROMPT
     from wemmu_jax.inference.captioning import Captioner, caption_records
 
-    sets = _data_sets(args)
+    # Of an entry that names the sidecars that are made here, the set as it is without them.
+    sets = [
+        dataclasses.replace(one, spec={k: v for k, v in one.spec.items() if k != "captions"})
+        for one in _data_sets(args)
+    ]
     captioner = Captioner(
         args.init,
         dtype=args.dtype,

@@ -1,11 +1,11 @@
 """Sidecars of captions: JSON lines `{"key": ..., "caption": ...}`, as `wemmu data caption` writes them.
 
 They are read once, into a folder that every process of an index's build maps. Twenty million captions are looked up
-by eight bytes of a hash of their key and read from their file when asked for.
+by eight bytes of a hash of their key and read from their file when asked for. A line that is none costs its record.
 
     hashes.npy  uint64[N], sorted
     places.npy  PLACE[N]    where each line is
-    meta.json   the files
+    meta.json   the files, and what is said of lines whose key cannot be read
 """
 
 import array
@@ -26,11 +26,16 @@ PLACE = np.dtype([("at", "<u8"), ("file", "<u4"), ("size", "<u4")])
 
 
 class Captions:
-    """Key -> caption, over several files, from what `write_captions` wrote."""
+    """Key -> caption, over several files, from what `write_captions` wrote.
+
+    Attributes:
+      unread: how many lines there are whose key cannot be read, and the first of them; empty if there are none.
+    """
 
     def __init__(self, folder: pathlib.Path):
         """Raises FileNotFoundError: it has not been written."""
-        self._paths = read_object(folder / "meta.json", keys=("paths",))["paths"]
+        meta = read_object(folder / "meta.json", keys=("paths", "unread"))
+        self._paths, self.unread = meta["paths"], meta["unread"]
         self._hashes = np.load(folder / "hashes.npy", mmap_mode="r")
         self._places = np.load(folder / "places.npy", mmap_mode="r")
 
@@ -38,33 +43,46 @@ class Captions:
         return len(self._hashes)
 
     def get(self, key: str) -> str | None:
-        """The caption of a key; None where there is none."""
+        """The caption of a key; None where there is none.
+
+        Raises:
+          ValueError, OSError: its line is no such object, or cannot be read; names the file.
+        """
         wanted = np.uint64(_hash(key))
         at = int(np.searchsorted(self._hashes, wanted))
         if at == len(self._hashes) or self._hashes[at] != wanted:
             return None
-        found, caption = _read(self._paths, self._places[at])
-        return caption if found == key else None
+        line, where = _read(self._paths, self._places[at])
+        if _text(line, where, "key") != key:
+            return None
+        return _text(line, where, "caption").strip()
 
 
 def write_captions(paths: Sequence[str], folder: pathlib.Path) -> None:
     """Reads sidecars and writes what `Captions` maps, whole or not at all.
 
     Raises:
-      ValueError: a line is no such object, or two have the same key; names file and line.
+      ValueError: two lines have the same key.
     """
     # Twenty bytes a line; objects would take ten times that.
     hashes, starts, sizes, files = (array.array(code) for code in "QQII")
+    unread, first = 0, ""
     for number, path in enumerate(paths):
         at = 0
         with storage.open_file(path) as lines:
             for line, data in enumerate(lines, 1):
-                key, _ = _parse(data, f"{path}, line {line}")
+                start, at = at, at + len(data)
+                if not data.strip():
+                    continue
+                try:
+                    key = _text(data, f"{path}, line {line}", "key")
+                except ValueError as error:
+                    unread, first = unread + 1, first or str(error)
+                    continue
                 hashes.append(_hash(key))
-                starts.append(at)
+                starts.append(start)
                 sizes.append(len(data))
                 files.append(number)
-                at += len(data)
     column = np.array(hashes, np.uint64)
     order = np.argsort(column, kind="stable")
     column = column[order]
@@ -73,31 +91,33 @@ def write_captions(paths: Sequence[str], folder: pathlib.Path) -> None:
         places[name] = np.frombuffer(values, values.typecode)[order] if len(order) else 0
     twice = np.flatnonzero(column[1:] == column[:-1])
     if len(twice):
-        key, _ = _read(paths, places[twice[0]])
+        key = _text(*_read(paths, places[twice[0]]), "key")
         raise ValueError(f"{' '.join(paths)}: two captions for {key!r}")
     partial = folder.with_name(f"{folder.name}.partial-{uuid.uuid4()}")
     partial.mkdir(parents=True)
     np.save(partial / "hashes.npy", column)
     np.save(partial / "places.npy", places)
-    write_json(partial / "meta.json", {"paths": list(paths)})
+    summary = f"lines that cannot be read: {unread}, first {first}" if unread else ""
+    write_json(partial / "meta.json", {"paths": list(paths), "unread": summary})
     settle(partial, folder)
 
 
-def _read(paths: Sequence[str], place: np.void) -> tuple[str, str]:
-    path = paths[int(place["file"])]
-    return _parse(storage.read(path, int(place["at"]), int(place["size"])), path)
+def _read(paths: Sequence[str], place: np.void) -> tuple[bytes, str]:
+    """A line, and where it is."""
+    path, at = paths[int(place["file"])], int(place["at"])
+    return storage.read(path, at, int(place["size"])), f"{path}, line at byte {at}"
 
 
 def _hash(key: str) -> int:
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
 
 
-def _parse(line: bytes, where: str) -> tuple[str, str]:
+def _text(line: bytes, where: str, key: str) -> str:
     try:
-        row = json.loads(line)
-        checked_text(row["key"])
-        return row["key"], checked_text(row["caption"])
-    except (ValueError, TypeError, KeyError) as error:
+        found = json.loads(line)[key]
+        checked_text(found)
+        return found
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(
             f'{where}: expected {{"key": ..., "caption": ...}}: {type(error).__name__}: {error}'
         ) from error

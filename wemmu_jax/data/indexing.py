@@ -31,6 +31,7 @@ from wemmu_jax.data.index import (
     Problem,
     merge_parts,
     settle,
+    unread,
 )
 from wemmu_jax.data.measuring import write_part
 from wemmu_jax.data.processes import each
@@ -237,9 +238,13 @@ def _recaptioned(
 ) -> Iterator[Entry | Problem]:
     for entry in entries:
         if isinstance(entry, Entry) and not entry.turns:
-            text = captions.get(entry.key)
-            if text is None:
-                yield Problem(entry.key, "the sidecars have no caption for it")
+            try:
+                text = captions.get(entry.key)
+                if text is None:
+                    more = f"; {captions.unread}" if captions.unread else ""
+                    raise ValueError(f"the sidecars have no caption for it{more}")
+            except (ValueError, OSError) as error:
+                yield unread(entry.key, error)
                 continue
             entry = dataclasses.replace(entry, text=text)
         yield entry
