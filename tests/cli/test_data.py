@@ -183,6 +183,30 @@ def test_packed_sets_hold_the_same(wemmu, photos, tmp_path):
     assert times.items() <= {file: file.stat().st_mtime_ns for file in files}.items()
 
 
+def test_what_packing_leaves_out(wemmu, photos, tmp_path):
+    folder, out = photos.parent, tmp_path / "packed"
+    (folder / "4.png").write_bytes(b"<html>")
+    assert len(source_of(photos)) == 29, "what is indexed is there before one more goes bad"
+    (folder / "9.png").write_bytes((folder / "0.png").read_bytes())
+    words = ["data", "pack", photos, "--out", out, "--shard-size", 8, "--processes", 0]
+    for remade in ([0, 1, 2, 3], [3], []):  # with 9.png and the edit of it in a shard that stays
+        for shard in remade:
+            (out / f"photos-{shard:05}-of-00004.arrayrecord").unlink(missing_ok=True)
+        result = wemmu(*words)
+        assert result.code == 2, result
+        assert (
+            f"wemmu data: photos: 3 records left out, all in {out}/photos.bad.jsonl" in result.err
+        )
+        rows = [json.loads(line) for line in (out / "photos.bad.jsonl").read_text().splitlines()]
+        assert [(row["data_set"], row["key"]) for row in rows] == [
+            ("photos", key) for key in ("5:4.png", "10:9.png", "12:11.png")
+        ]
+        assert all(f"  {row['key']}: {row['reason']}\n" in result.out for row in rows)
+        assert set(rows[0]) == {"data_set", "key", "reason"} and "is cut" in rows[1]["reason"]
+    packed = {"type": "array-record", "paths": f"{out}/photos-*.arrayrecord"}
+    assert len(build_source(packed)) == 27
+
+
 def test_captions_are_what_the_model_says_of_each_picture(
     wemmu, photos, converted, tmp_path, monkeypatch
 ):

@@ -18,7 +18,7 @@ ACTIONS = {
     "show": "an HTML page of samples as training sees them",
     "encode": "computes the DC-AE latents of all that a stage trains on",
     "caption": "new captions by the VLM, as sidecars",
-    "pack": "copies the sets into ArrayRecord files",
+    "pack": "copies the sets into ArrayRecord files; fails if something is left out",
 }
 
 
@@ -250,6 +250,9 @@ def _pack(args: argparse.Namespace) -> None:
         print(f"{args.out}/{one.name}-*.arrayrecord: {len(problems)} records left out")
         for problem in problems[:20]:
             print(f"  {problem.key}: {problem.reason}")
+        if problems:
+            file = args.out / f"{one.name}.bad.jsonl"
+            raise ValueError(f"{len(problems)} records left out, all in {file}")
 
     _for_each(_data_sets(args), work, processes=args.processes)
 
