@@ -14,6 +14,7 @@ from PIL import Image
 
 from tests.data.conftest import PICTURES, picture, shown
 from wemmu_jax.data.buckets import make_buckets
+from wemmu_jax.data.indexing import Renewal
 from wemmu_jax.data.ledger import Ledger
 from wemmu_jax.data.pipeline import MicroBatches
 from wemmu_jax.data.sources import build_feeds, build_source
@@ -167,7 +168,7 @@ def test_missing_empty_and_compressed_shards(tmp_path):
     assert "compressed" in build_source(spec).problems()[0].reason
     (tmp_path / "00000.tar").unlink()
     entry = {"name": "a", "tasks": ["T2I"], **spec}
-    with pytest.raises(ValueError, match=r"'a': 2 of 8 records cannot be read"):
+    with pytest.raises(ValueError, match=r"'a': 12 of 18 records cannot be read"):
         build_feeds([entry], bad_share=0.01)
 
 
@@ -240,6 +241,35 @@ def test_a_sparse_member_costs_only_itself(tmp_path, form, sparse, kept):
     found, [problem] = read_tar(tmp_path / "0.tar")
     assert found == [(f"0/{name}", name, name) for name in kept.split()]
     assert "p1" in problem[0] and f"{sparse} is a sparse member (tar -S)" in problem[1]
+
+
+def test_how_many_records_are_thought_to_be_lost(tmp_path):
+    """As many as the other shards have in the mean, good and bad ones, less those that were found."""
+    for number in (1, 2, 4):
+        members = tar_of_all(tmp_path / f"{number}.tar")
+    for shard, damage, member in (("2", flip_header, "p2.png"), ("4", cut_inside, "p1.txt")):
+        data = bytearray((tmp_path / f"{shard}.tar").read_bytes())
+        damage(data, members[member])
+        (tmp_path / f"{shard}.tar").write_bytes(data)
+    (tmp_path / "3.tar").write_bytes(b"not a tar at all" * 99)
+    spec = {"type": "webdataset", "paths": str(tmp_path / "{0..4}.tar")}
+    source = build_source(spec)
+    assert len(source) == 6 + 5 + 1 and source.index.problem_count == 4
+    assert [(p.key, p.records) for p in source.problems()] == [
+        (f"{tmp_path}/0.tar", 6),
+        ("2/p2", 1),
+        (f"{tmp_path}/3.tar before its end", 6),
+        ("4/p1", 5),
+    ]
+    entry = {"name": "a", "tasks": ["T2I"], **spec}
+    with pytest.raises(ValueError, match=r"'a': 18 of 30 records cannot be read"):
+        build_feeds([entry], bad_share=0.5)
+    ledger = Ledger(tmp_path / "ledger.jsonl", share=0.5)
+    assert ledger.note_indexed(build_feeds([entry], bad_share=0.6)) == 18
+    renewed = build_source(spec, renewal=Renewal.CHANGED)
+    assert renewed.problems() == source.problems()
+    alone = build_source({**spec, "paths": str(tmp_path / "4.tar")})
+    assert alone.index.left_out == 1, "nobody knows"
 
 
 def png(image, **options):

@@ -80,7 +80,7 @@ def _index(args: argparse.Namespace) -> None:
     def show(one, source) -> None:
         if _is_stored(one, source):
             index = source.index
-            left_out = f"{index.problem_count:,} left out"
+            left_out = f"{index.left_out:,} left out"
             print(f"{one.name}: {len(index):,} records, {left_out}; {index.folder}")
 
     _for_each(_data_sets(args), show, processes=args.processes, renewal=Renewal.CHANGED)
@@ -247,12 +247,13 @@ def _pack(args: argparse.Namespace) -> None:
                 processes=args.processes,
                 progress=progress,
             )
-        print(f"{args.out}/{one.name}-*.arrayrecord: {len(problems)} records left out")
+        left_out = f"{sum(problem.records for problem in problems):,} records left out"
+        print(f"{args.out}/{one.name}-*.arrayrecord: {left_out}")
         for problem in problems[:20]:
             print(f"  {problem.key}: {problem.reason}")
         if problems:
             file = args.out / f"{one.name}.bad.jsonl"
-            raise ValueError(f"{len(problems)} records left out, all in {file}")
+            raise ValueError(f"{left_out}, see {file}")
 
     _for_each(_data_sets(args), work, processes=args.processes)
 

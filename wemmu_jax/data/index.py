@@ -15,7 +15,7 @@ that are done are kept, so that a build that was stopped goes on.
     names.bin
     stamps.npy         uint64[F]      a hash of each file's size and time when it was read
     units.npy          int64[U, 2]    how many records and problems each unit gave
-    problems.jsonl     what cannot be a record: key, reason, and whether reading again may help
+    problems.jsonl     what cannot be a record: key, reason, whether reading again may help, how many it stands for
     meta.json          what it was made from, written last
 """
 
@@ -83,11 +83,13 @@ class Problem:
       key: what it is called.
       reason: why.
       again: whether reading again may help though no file changes: a disk or a network failed.
+      records: how many it stands for; stored as 0 where it stands for all that its file lacks, which nobody has seen.
     """
 
     key: str
     reason: str
     again: bool = False
+    records: int = 1
 
 
 def unread(key: str, error: Exception, *, where: str = "") -> Problem:
@@ -155,7 +157,7 @@ class Index:
     def __init__(self, folder: str | pathlib.Path):
         """Raises ValueError: the folder holds no index, or a damaged one."""
         self.folder = pathlib.Path(folder)
-        meta = read_object(self.folder / "meta.json", keys=("version", "rows"))
+        meta = self._meta()
         if meta["version"] != VERSION:
             raise ValueError(
                 f"{folder}: an index of version {meta['version']}, expected {VERSION}: delete it"
@@ -236,19 +238,31 @@ class Index:
         return f"{len(self):,} records, {found.hexdigest()}"
 
     def problems(self) -> list[Problem]:
-        """What could not be a record."""
-        with (self.folder / "problems.jsonl").open(encoding="utf-8") as lines:
-            return [Problem(**json.loads(line)) for line in lines]
+        """What could not be a record. What nobody has seen of a file is so many records that it would have as many as
+        the mean of those that were seen whole."""
+        whole, found = self._meta().get("records_of_a_file", 0), []
+        for records, problems in self.units():
+            unseen = max(whole - len(records) - len(problems), 0)
+            found += [
+                one if one.records else dataclasses.replace(one, records=1 + unseen)
+                for one in problems
+            ]
+        return found
+
+    @property
+    def left_out(self) -> int:
+        """How many records `problems` stand for."""
+        return sum(problem.records for problem in self.problems())
 
     @property
     def problem_count(self) -> int:
         """How many `problems` there are."""
-        return read_object(self.folder / "meta.json")["problems"]
+        return self._meta()["problems"]
 
     def units(self) -> list[tuple[range, list[Problem]]]:
-        """The records and the problems of each unit."""
+        """The records and the problems of each unit, as they are stored."""
         ends = np.cumsum(self._units, axis=0)
-        problems = self.problems()
+        problems = read_problems(self.folder)
         return [
             (range(record - records, record), problems[problem - wrong : problem])
             for (record, problem), (records, wrong) in zip(
@@ -270,6 +284,9 @@ class Index:
                 found[one.place.path, one.place.at] = one
                 stamps[one.place.path] = int(self._stamps[file])
         return Earlier(found, stamps, trusted)
+
+    def _meta(self) -> dict[str, Any]:
+        return read_object(self.folder / "meta.json", keys=("version", "rows"))
 
     def _rows(self, index: int) -> np.ndarray:
         first = int(self._records["pictures_at"][index])
@@ -299,6 +316,12 @@ def settle(partial: pathlib.Path, folder: pathlib.Path) -> None:
 def problem_file(folder: pathlib.Path) -> TextIO:
     """An index's problems.jsonl, open for writing."""
     return (folder / "problems.jsonl").open("w", encoding="utf-8", errors="replace")
+
+
+def read_problems(folder: pathlib.Path) -> list[Problem]:
+    """Those of an index, or of a part of one, as they are stored."""
+    with (folder / "problems.jsonl").open(encoding="utf-8") as lines:
+        return [Problem(**json.loads(line)) for line in lines]
 
 
 def merge_parts(parts: Sequence[pathlib.Path], folder: pathlib.Path, meta: dict[str, Any]) -> None:

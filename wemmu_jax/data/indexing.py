@@ -17,8 +17,10 @@ import pathlib
 import shutil
 import sys
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+
+import numpy as np
 
 from wemmu_jax.data import storage
 from wemmu_jax.data.captions import Captions, write_captions
@@ -30,6 +32,7 @@ from wemmu_jax.data.index import (
     Index,
     Problem,
     merge_parts,
+    read_problems,
     settle,
     unread,
 )
@@ -37,6 +40,8 @@ from wemmu_jax.data.measuring import write_part
 from wemmu_jax.data.processes import each
 
 Progress = Callable[[int, int], None]  # units done, units in all
+
+_CUT = "the tar is cut"  # as `formats.tar` says it, of a sample that lacks a file, and all that came after it
 
 
 class Renewal(enum.Enum):
@@ -147,7 +152,7 @@ def _build(
         raise ValueError(f"{_named(format)}: nothing to read")
     finished = folder.with_name(f"{folder.name}.partial-{uuid.uuid4()}")
     try:
-        merge_parts(parts, finished, {"format": _named(format)})
+        merge_parts(parts, finished, _meta(format, units, parts))
         settle(finished, folder)
     finally:
         shutil.rmtree(finished, ignore_errors=True)
@@ -184,7 +189,7 @@ def _renew(
         for done, _ in enumerate(each(_renew_part, jobs, processes), 1):
             progress(done, len(jobs))
         merged = building / "merged"
-        merge_parts(parts, merged, {"format": _named(format)})
+        merge_parts(parts, merged, _meta(format, units, parts))
         names = [path.name for path in merged.iterdir()]
         if filecmp.cmpfiles(merged, index.folder, names, shallow=False)[0] != names:
             number = _renewals(index.folder) + 1
@@ -210,7 +215,7 @@ def _build_part(
     part: pathlib.Path,
     earlier: Earlier = Earlier(),  # noqa: B008 frozen
 ) -> None:
-    entries = format.scan(unit)
+    entries = _weighed(format.scan(unit), unit)
     if sidecars:
         entries = _recaptioned(entries, Captions(sidecars))
     write_part(format, entries, part, earlier)
@@ -248,6 +253,44 @@ def _recaptioned(
                 continue
             entry = dataclasses.replace(entry, text=text)
         yield entry
+
+
+def _weighed(entries: Iterator[Entry | Problem], unit: Any) -> Iterator[Entry | Problem]:
+    """A unit's entries; a problem that stands for what nobody has seen of its file says so."""
+    file, last = _file_of(unit), None
+    for entry in entries:
+        # An archive of `io-json` has no records: its list's rows say by themselves that they lack their pictures.
+        if isinstance(entry, Problem) and unit != [file]:
+            is_empty = last is None and entry.key == f"{file} before its end"
+            if entry.key == file or is_empty or _CUT in entry.reason:
+                entry = dataclasses.replace(entry, records=0)
+        last = entry
+        yield entry
+
+
+def _file_of(unit: Any) -> str:
+    """The file that a unit is a part of."""
+    return unit if isinstance(unit, str) else unit[0]
+
+
+def _meta(
+    format: Format, units: Sequence[Any], parts: Sequence[pathlib.Path]
+) -> dict[str, str | int]:
+    """What an index says of itself: what it was made from, and the mean of the records, good and bad, of those of its
+    files that were seen whole; 0 if none was."""
+    counts: dict[str, int] = {}
+    unseen = set()
+    for unit, part in zip(units, parts, strict=True):
+        [[records, wrong]] = np.load(part / "units.npy").tolist()
+        file = _file_of(unit)
+        counts[file] = counts.get(file, 0) + records + wrong
+        if wrong and not all(one.records for one in read_problems(part)):
+            unseen.add(file)
+    whole = [count for file, count in counts.items() if count and file not in unseen]
+    return {
+        "format": _named(format),
+        "records_of_a_file": round(sum(whole) / len(whole)) if whole else 0,
+    }
 
 
 def _named(format: Format) -> str:

@@ -41,12 +41,10 @@ class Ledger:
         """Writes what the data sets' indexes found; returns how many records that is."""
         sources = {feed.name: feed.source for feed in feeds if hasattr(feed.source, "problems")}
         found = [
-            Bad(name, problem.key, problem.reason)
-            for name, source in sources.items()
-            for problem in source.problems()
+            (name, problem) for name, source in sources.items() for problem in source.problems()
         ]
-        self._write(found)
-        return len(found)
+        self._write(Bad(name, problem.key, problem.reason) for name, problem in found)
+        return sum(problem.records for _, problem in found)
 
     def note(self, micro_batch: MicroBatch) -> int:
         """Writes what a micro-batch could not use; returns how many records that is."""

@@ -254,7 +254,7 @@ def build_feeds(specs: Iterable[Mapping | str], *, bad_share: float = 1.0) -> tu
     for one in data_sets(specs):
         source = build_source(one.spec)
         if isinstance(source, IndexedSource):
-            bad = source.index.problem_count
+            bad = source.index.left_out
             if bad > bad_share * (bad + len(source)):
                 raise ValueError(
                     f"data set {one.name!r}: {bad} of {bad + len(source)} records cannot be read, more than the share "
