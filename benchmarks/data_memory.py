@@ -2,10 +2,11 @@
 
     python -m benchmarks.data_memory
 
-The index is synthesised: its columns are as large as a real one's, all its records are one small picture. Memory is
-the proportional set size of this process and all that it started (`/proc/PID/smaps_rollup`): what they share, pages of
-the index's files among them, counts once; and shared memory, in which micro-batches lie. Needs Linux, 3 GB of disk
-and requirements-dev.txt.
+The index is synthesised: its columns are as large as a real one's, every record has a key and a text of its own, and
+all are one small picture. What several hosts compare before they train is computed too. Memory is the proportional set
+size of this process and all that it started (`/proc/PID/smaps_rollup`): what they share, pages of the index's files
+among them, counts once; and shared memory, in which micro-batches lie. Needs Linux, 8 GB of disk and
+requirements-dev.txt.
 """
 
 import argparse
@@ -24,12 +25,18 @@ from wemmu_jax.data.buckets import make_buckets
 from wemmu_jax.data.formats.tar import Webdataset
 from wemmu_jax.data.pipeline import MicroBatches
 from wemmu_jax.data.pools import Feed
+from wemmu_jax.data.records import identity
 from wemmu_jax.data.sources import IndexedSource
 from wemmu_jax.data.tasks import Task
 from wemmu_jax.files import write_json
 
 MIXTURE = {Task.REC: 50.0, Task.T2I: 47.0, Task.UNCOND: 3.0}
 GIB = 2**30
+WORDS = (
+    b"another between bicycle bridges chicken country evening flowers "
+    b"glasses horizon kitchen morning mounted outside picture shadows "
+)
+WORDS_OF_A_TEXT = 24
 
 
 def main() -> None:
@@ -39,14 +46,15 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=8)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        opened, before, after = measure(pathlib.Path(folder), args.records, args.workers)
+        opened, compared, before, after = measure(pathlib.Path(folder), args.records, args.workers)
     print(f"{args.records:,} records, {args.workers} workers")
-    print(f"opened in {opened:.1f} s")
+    print(f"opened in {opened:.1f} s, and what hosts compare computed in {compared:.1f} s")
     print(f"memory of all processes {after / GIB:.2f} GiB, of them the imports {before / GIB:.2f}")
 
 
-def measure(folder: pathlib.Path, records: int, workers: int) -> tuple[float, int, int]:
-    """(seconds until the first micro-batch is planned, bytes before the index, bytes with all workers at work)."""
+def measure(folder: pathlib.Path, records: int, workers: int) -> tuple[float, float, int, int]:
+    """(seconds until the first micro-batch is planned, seconds until the set's identity is known, bytes before the
+    index, bytes with all workers at work)."""
     from benchmarks.data_pipeline import Bench
 
     encoder = Bench.make(folder, 512, 1).encoder
@@ -65,24 +73,28 @@ def measure(folder: pathlib.Path, records: int, workers: int) -> tuple[float, in
     )
     data.plan(0)
     opened = time.perf_counter() - start
+    start = time.perf_counter()
+    identity(source)
+    compared = time.perf_counter() - start
     grids = [encoder.config.source_grid(b.height, b.width) for b in data.buckets]
     encoder = encoder.sized(grids, multiple=128)
     data.maker = type(data.maker)(data.feeds, encoder.encode_example, encoder.text_length)
     read = data.iterate(0, workers=workers, prefetch=4)
     for _ in range(10):
         next(read)
-    return opened, before, memory()
+    return opened, compared, before, memory()
 
 
 def synthesise(folder: pathlib.Path, records: int) -> None:
     """An index whose columns are those of `records` records, all of them one picture of changing size."""
     out = io.BytesIO()
     Image.new("RGB", (64, 64)).save(out, "JPEG")
-    picture, key, text = out.getvalue(), b"00000/000000000", b"a caption of some words " * 8
+    picture = out.getvalue()
     (folder / "0.bin").write_bytes(picture)
     target = folder / "index"
     target.mkdir()
     rng = np.random.default_rng(0)
+    key_size, text_size = _write_texts(target / "texts.bin", records, rng)
     columns = {
         "sizes": (np.int32, (2,)),
         "source_counts": (np.uint8, ()),
@@ -99,8 +111,9 @@ def synthesise(folder: pathlib.Path, records: int) -> None:
             if name == "sizes":
                 part[:] = rng.integers(256, 1024, part.shape)
             elif name == "records":
-                part["text_size"], part["key_size"] = len(text), len(key)
+                part["text_size"], part["key_size"] = text_size, key_size
                 part["pictures_at"] = np.arange(start, start + len(part))
+                part["text_at"] = part["pictures_at"] * np.uint64(key_size + text_size)
             elif name == "pictures":
                 part["size"], part["crc"] = len(picture), zlib.crc32(picture)
                 part["height"] = part["width"] = 64
@@ -110,10 +123,28 @@ def synthesise(folder: pathlib.Path, records: int) -> None:
     np.save(target / "stamps.npy", np.zeros(1, np.uint64))
     np.save(target / "units.npy", np.array([[records, 0]]))
     (target / "names.bin").write_bytes(name)
-    (target / "texts.bin").write_bytes(key + text)
     (target / "problems.jsonl").touch()
     rows = dict.fromkeys(columns, records) | {"names": 2, "stamps": 1, "units": 1}
     write_json(target / "meta.json", {"version": index.VERSION, "rows": rows, "problems": 0})
+
+
+def _write_texts(file: pathlib.Path, records: int, rng: np.random.Generator) -> tuple[int, int]:
+    """Keys `00012/000123456` and texts, each after the other; their sizes."""
+    words = np.frombuffer(WORDS, np.uint8).reshape(-1, 8)
+    template = np.frombuffer(b"00000/000000000", np.uint8)
+    with file.open("wb") as out:
+        for start in range(0, records, 1 << 18):
+            numbers = np.arange(start, min(start + (1 << 18), records))
+            keys = np.repeat(template[None], len(numbers), axis=0)
+            for first, digits, values in ((0, 5, numbers // 10_000), (6, 9, numbers)):
+                for digit in range(digits):
+                    keys[:, first + digit] += (values // 10 ** (digits - 1 - digit) % 10).astype(
+                        np.uint8
+                    )
+            chosen = rng.integers(0, len(words), (len(numbers), WORDS_OF_A_TEXT), np.uint8)
+            texts = words[chosen].reshape(len(numbers), -1)
+            out.write(np.concatenate([keys, texts], axis=1).tobytes())
+    return keys.shape[1], texts.shape[1]
 
 
 def memory() -> int:

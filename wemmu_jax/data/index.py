@@ -22,11 +22,12 @@ that are done are kept, so that a build that was stopped goes on.
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import mmap
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TextIO
 
 import numpy as np
@@ -43,7 +44,7 @@ RECORD = np.dtype(
 PICTURE = np.dtype(
     [("at", "<u8"), ("file", "<u4"), ("size", "<u4"), ("crc", "<u4"), ("height", "<u4"), ("width", "<u4")]
 )  # fmt: skip
-_AT_ONCE = 1 << 20  # rows that are hashed together, so that millions take little memory
+_AT_ONCE = 1 << 20  # rows, or bytes, that are hashed together, so that millions take little memory
 _COLUMNS = (
     "sizes", "source_counts", "conversations", "records", "pictures", "names", "stamps", "units",
 )  # fmt: skip
@@ -218,24 +219,33 @@ class Index:
     def identity(self) -> str:
         """Equal for the same keys, texts and pictures in the same order, wherever they lie and whenever they were
         indexed. Reads all texts once."""
-        sizes = [self._records[name] for name in ("text_size", "key_size")]
-        return self._hash(self.picture_identity.encode(), *sizes, self._texts)
+        sizes = [self._read("records", name) for name in ("text_size", "key_size")]
+        return self._hash([self.picture_identity.encode()], *sizes, self._read_texts())
 
     @functools.cached_property
     def picture_identity(self) -> str:
         """The same of the pictures alone, whatever is said of them."""
-        columns = [self._pictures[name] for name in ("crc", "size")]
-        return self._hash(self.source_counts, self.conversations, *columns)
+        columns = [self._read("source_counts"), self._read("conversations")]
+        return self._hash(*columns, *(self._read("pictures", name) for name in ("crc", "size")))
 
-    def _hash(self, *columns: np.ndarray | mmap.mmap | bytes) -> str:
+    def _hash(self, *columns: Iterable[bytes]) -> str:
         found = hashlib.blake2b(digest_size=16)
-        for column in columns:
-            if not isinstance(column, np.ndarray):
-                found.update(column)
-                continue
-            for start in range(0, len(column), _AT_ONCE):
-                found.update(column[start : start + _AT_ONCE].tobytes())
+        for part in itertools.chain(*columns):
+            found.update(part)
         return f"{len(self):,} records, {found.hexdigest()}"
+
+    def _read(self, column: str, field: str | None = None) -> Iterator[bytes]:
+        """A column, or a field of it, in parts. Each is mapped anew, for what was read need not stay: the pages of a
+        mapping that stays count for this process until another needs them."""
+        path = self.folder / f"{column}.npy"
+        for start in range(0, len(_load(path)), _AT_ONCE):
+            part = _load(path)[start : start + _AT_ONCE]
+            yield (part if field is None else part[field]).tobytes()
+
+    def _read_texts(self) -> Iterator[bytes]:
+        with (self.folder / "texts.bin").open("rb") as texts:
+            while part := texts.read(_AT_ONCE):
+                yield part
 
     def problems(self) -> list[Problem]:
         """What could not be a record. What nobody has seen of a file is so many records that it would have as many as
