@@ -18,7 +18,7 @@ def test_twenty_five_million_records_and_eight_workers(tmp_path):
 
 
 def mapped(folder):
-    """Bytes of the folder's files in this process's memory."""
+    """Bytes of a file, or of a folder's files, in this process's memory."""
     size, ours = 0, False
     with open("/proc/self/smaps") as lines:
         for line in lines:
@@ -37,6 +37,7 @@ def test_what_hosts_compare_maps_nothing(tmp_path, monkeypatch):
     before = mapped(tmp_path)
     identity = found.identity
     assert mapped(tmp_path) - before < 1e6, "of 20 MB of texts and 6 MB of columns"
+    assert mapped(tmp_path / "index/texts.bin") == 0, "nor does a text that is read"
     columns = {name: np.load(tmp_path / f"index/{name}.npy") for name in ("records", "pictures")}
     flags = [np.load(tmp_path / f"index/{name}.npy") for name in ("source_counts", "conversations")]
     pictures = [*flags, *(columns["pictures"][name] for name in ("crc", "size"))]

@@ -25,8 +25,10 @@ import hashlib
 import itertools
 import json
 import mmap
+import os
 import pathlib
 import shutil
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TextIO
 
@@ -172,7 +174,10 @@ class Index:
         self._names_at, self._stamps, self._units = (
             loaded[name] for name in ("names", "stamps", "units")
         )
-        self._texts, self._names = (_map(self.folder / name) for name in ("texts.bin", "names.bin"))
+        self._names = _map(self.folder / "names.bin")
+        # Not mapped: of a large file the kernel may map two megabytes for a text that is read.
+        self._texts = os.open(self.folder / "texts.bin", os.O_RDONLY)
+        weakref.finalize(self, os.close, self._texts).atexit = False
 
     def __reduce__(self):
         return Index, (self.folder,)
@@ -190,7 +195,7 @@ class Index:
     def key(self, index: int) -> str:
         """The name of a record."""
         at, size = int(self._records["text_at"][index]), int(self._records["key_size"][index])
-        return self._texts[at : at + size].decode()
+        return os.pread(self._texts, size, at).decode()
 
     def text(self, index: int) -> str:
         """The caption or instruction of a record; empty for a conversation."""
@@ -235,28 +240,25 @@ class Index:
         return f"{len(self):,} records, {found.hexdigest()}"
 
     def _read(self, column: str, field: str | None = None) -> Iterator[bytes]:
-        """A column, or a field of it, in parts. Each is mapped anew, for what was read need not stay: the pages of a
-        mapping that stays count for this process until another needs them."""
+        """A column, or a field of it, in parts, each mapped anew: its pages need not stay."""
         path = self.folder / f"{column}.npy"
         for start in range(0, len(_load(path)), _AT_ONCE):
             part = _load(path)[start : start + _AT_ONCE]
             yield (part if field is None else part[field]).tobytes()
 
     def _read_texts(self) -> Iterator[bytes]:
-        with (self.folder / "texts.bin").open("rb") as texts:
-            while part := texts.read(_AT_ONCE):
-                yield part
+        at = 0
+        while part := os.pread(self._texts, _AT_ONCE, at):
+            yield part
+            at += len(part)
 
     def problems(self) -> list[Problem]:
         """What could not be a record. What nobody has seen of a file is so many records that it would have as many as
         the mean of those that were seen whole."""
         whole, found = self._meta().get("records_of_a_file", 0), []
         for records, problems in self.units():
-            unseen = max(whole - len(records) - len(problems), 0)
-            found += [
-                one if one.records else dataclasses.replace(one, records=1 + unseen)
-                for one in problems
-            ]
+            unseen = 1 + max(whole - len(records) - len(problems), 0)
+            found += [dataclasses.replace(one, records=one.records or unseen) for one in problems]
         return found
 
     @property
@@ -306,7 +308,7 @@ class Index:
     def _text(self, index: int) -> str:
         record = self._records[index]
         at = int(record["text_at"]) + int(record["key_size"])
-        return self._texts[at : at + int(record["text_size"])].decode()
+        return os.pread(self._texts, int(record["text_size"]), at).decode()
 
     def _name(self, file: int) -> str:
         start, end = self._names_at[file : file + 2].tolist()
