@@ -8,6 +8,7 @@ from wemmu_jax.miniworld.conversations import (
     Conversation,
     corpus,
     describe,
+    draw_change,
     draw_conversation,
     draw_statements,
 )
@@ -49,6 +50,26 @@ def test_conversations_are_of_their_split_and_have_their_pictures(pictures):
             assert all(scene.split == split for scene in drawn.scenes)
             seen.add(drawn.turns[0][0])
     assert len(seen) > 70
+
+
+def test_each_edit_of_a_picture_is_of_the_picture_itself():
+    rng, changed = np.random.default_rng(4), 0
+    for _ in range(60):
+        drawn = draw_change(rng, "held_out", pictures=1, turns=3)
+        assert len(drawn.turns) == 3
+        before = said(describe(drawn.scenes[0]))
+        for instruction, answer in drawn.turns:
+            after = said(answer)
+            assert instruction and after != before
+            assert len(before - after) <= 1 and len(after - before) <= 1
+            changed += len(before ^ after)
+    assert changed > 180
+
+
+def said(description):
+    """The objects and the background, each with its words."""
+    objects, background = description.rsplit(" on ", 1)
+    return {*objects.replace(" and ", ", ").split(", "), background}
 
 
 def test_without_a_picture_the_caption_comes_first():

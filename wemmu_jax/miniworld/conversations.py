@@ -8,7 +8,8 @@ import numpy as np
 
 from wemmu_jax.data.prompts import RECONSTRUCTION_PROMPT
 from wemmu_jax.miniworld.compositions import draw_composition
-from wemmu_jax.miniworld.edits import draw_edit
+from wemmu_jax.miniworld.edits import KINDS as KINDS_OF_EDITS
+from wemmu_jax.miniworld.edits import draw_edit, edit_of
 from wemmu_jax.miniworld.language import Phrases, caption, place_objects, say, with_article
 from wemmu_jax.miniworld.questions import KINDS, ask
 from wemmu_jax.miniworld.scene import Scene, Split, choose, draw_scene
@@ -18,7 +19,7 @@ DESCRIBE = Phrases(
     ("what do we see in the image?",),
 )
 TELL = Phrases(("what is true of the image?", "tell what the image shows"), ("tell what is true",))
-EDIT_SHARE, DESCRIBE_SHARE = 0.2, 0.5
+EDIT_SHARE, DESCRIBE_SHARE = 0.5, 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,18 +61,12 @@ def draw_conversation(
 ) -> Conversation:
     """A conversation after `pictures` pictures (0 to 2), of at most `turns` turns.
 
-    About one picture: questions, or one edit and what it leads to. About two: a composition and what it leads to.
-    About none: a caption that tells all, with questions on it. Every second time a description is the last turn; a
-    question after it could be answered without a look at the picture.
+    About one picture: questions, or edits and what each of them alone leads to. About two: a composition and what it
+    leads to. About none: a caption that tells all, with questions on it. Every second time a description is the last
+    turn of questions; one after it could be answered without a look at the picture.
     """
-    if pictures == 2:
-        composition = draw_composition(rng, split)
-        return Conversation(
-            ((composition.instruction, describe(composition.target)),), composition.sources
-        )
-    if pictures == 1 and rng.random() < EDIT_SHARE:
-        edit = draw_edit(rng, split)
-        return Conversation(((edit.instruction, describe(edit.target)),), (edit.source,))
+    if pictures == 2 or (pictures == 1 and rng.random() < EDIT_SHARE):
+        return draw_change(rng, split, pictures=pictures, turns=turns)
     scene = draw_scene(rng, split)
     asked = [_question(rng, split, scene) for _ in range(turns)]
     if rng.random() < DESCRIBE_SHARE:
@@ -79,6 +74,21 @@ def draw_conversation(
     if pictures == 1:
         return Conversation(tuple(asked), (scene,))
     return _told(rng, split, scene, asked)
+
+
+def draw_change(
+    rng: np.random.Generator, split: Split, *, pictures: int, turns: int = 1
+) -> Conversation:
+    """What edits of one picture, each for itself, or a composition of two, lead to."""
+    if pictures == 2:
+        made = draw_composition(rng, split)
+        return Conversation(((made.instruction, describe(made.target)),), made.sources)
+    edits = [draw_edit(rng, split)]
+    while len(edits) < turns:
+        edit = edit_of(edits[0].source, choose(rng, KINDS_OF_EDITS), rng, split)
+        edits += [edit] if edit else []
+    told = tuple((edit.instruction, describe(edit.target)) for edit in edits)
+    return Conversation(told, (edits[0].source,))
 
 
 def _told(

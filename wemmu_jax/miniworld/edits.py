@@ -196,14 +196,18 @@ KINDS: dict[str, tuple[Changer, Phrases]] = {
 def draw_edit(rng: np.random.Generator, split: Split, kind: str | None = None) -> Edit:
     """An edit of `kind` (any, if None) whose source and target are of `split`, in a wording of `split`."""
     kind = kind or choose(rng, KINDS)
-    changer, phrases = KINDS[kind]
     while True:
-        source = draw_scene(rng, split)
-        change = changer(source, rng)
-        if change and change.target.split == split:
-            return Edit(
-                kind, phrases.draw(rng, split).format(**change.words), source, change.target
-            )
+        if edit := edit_of(draw_scene(rng, split), kind, rng, split):
+            return edit
+
+
+def edit_of(source: Scene, kind: str, rng: np.random.Generator, split: Split) -> Edit | None:
+    """An edit of `kind` of this scene; None where there is none, or where what was drawn leads out of `split`."""
+    changer, phrases = KINDS[kind]
+    change = changer(source, rng)
+    if not change or change.target.split != split:
+        return None
+    return Edit(kind, phrases.draw(rng, split).format(**change.words), source, change.target)
 
 
 def change_of(scene: Scene, rng: np.random.Generator) -> Scene:

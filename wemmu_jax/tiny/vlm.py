@@ -18,6 +18,7 @@ from wemmu_jax.data.buckets import Bucket
 from wemmu_jax.data.tasks import Task, make_example
 from wemmu_jax.miniworld.conversations import (
     Conversation,
+    draw_change,
     draw_conversation,
     draw_description,
     draw_statements,
@@ -35,13 +36,13 @@ from wemmu_jax.tiny.pictures import batch_rng, draw_size
 from wemmu_jax.tiny.positions import begin_with_positions
 from wemmu_jax.training.optimizer import Method, OptimizerConfig
 
-ROWS, STEPS = 32, 3200
+ROWS, STEPS = 32, 5000
 # The steps up to which there are only descriptions, and from there on only statements.
 DESCRIPTIONS, STATEMENTS = 200, 500
 WORDS = (36, 60)  # of a row of statements, without a picture and with one
 TEXT_LENGTH, DESCRIPTION_LENGTH, STATEMENTS_LENGTH = 152, 72, 128
 # Share of batches with none, one and two pictures.
-_ARITIES = (0.2, 0.7, 0.1)
+_ARITIES = (0.15, 0.65, 0.2)
 HELD_OUT = 64
 
 
@@ -154,14 +155,21 @@ def _right(model: WeMMUModel, params: Mapping, batch: Mapping) -> jax.Array:
 
 
 def _evaluate(data: Conversations, right, params: Mapping) -> dict[str, float]:
-    """Share of held-out questions, in held-out wordings, that are answered right, by kind."""
-    scores = {}
+    """Shares of held-out requests, in held-out wordings, whose whole answer is right: questions by kind and their mean,
+    and what edits, and compositions of two pictures, lead to."""
+    asked: dict[str, list[Conversation]] = {}
     for number, kind in enumerate(KINDS):
         rng = np.random.default_rng([0, number])
         drawn = [draw_question(rng, "held_out", kind) for _ in range(HELD_OUT)]
-        asked = [Conversation(((q.text, q.answer),), (q.scene,)) for q in drawn]
-        scores[kind] = float(np.mean(right(params, data.encode(asked, SIZES[0]))))
-    return {**scores, "mean": float(np.mean(list(scores.values())))}
+        asked[kind] = [Conversation(((q.text, q.answer),), (q.scene,)) for q in drawn]
+    rng = np.random.default_rng([0, len(KINDS)])
+    for name, pictures in (("edit", 1), ("composition", 2)):
+        asked[name] = [draw_change(rng, "held_out", pictures=pictures) for _ in range(HELD_OUT)]
+    scores = {
+        name: float(np.mean(right(params, data.encode(conversations, SIZES[0]))))
+        for name, conversations in asked.items()
+    }
+    return {**scores, "mean": float(np.mean([scores[kind] for kind in KINDS]))}
 
 
 def save(params: Mapping, root: pathlib.Path) -> Mapping:
