@@ -44,7 +44,9 @@ def test_the_vlm_answers_as_the_card_says(monkeypatch):
     monkeypatch.setattr(vlm, "HELD_OUT", 32)
     told, params = _read(VLM)
     found = vlm.recipe(BACKBONES, seed=0, steps=10).evaluate(params)
-    assert told.keys() <= found.keys()  # the card is of before edits and compositions were asked for
+    assert (
+        told.keys() <= found.keys()
+    )  # the card is of before edits and compositions were asked for
     assert abs(found["mean"] - told["mean"]) < 0.05
 
 
