@@ -41,8 +41,6 @@ from wemmu_jax.data.processes import each
 
 Progress = Callable[[int, int], None]  # units done, units in all
 
-_CUT = "the tar is cut"  # as `formats.tar` says it, of a sample that lacks a file, and all that came after it
-
 
 class Renewal(enum.Enum):
     """What is read again of a set that has an index."""
@@ -215,7 +213,7 @@ def _build_part(
     part: pathlib.Path,
     earlier: Earlier = Earlier(),  # noqa: B008 frozen
 ) -> None:
-    entries = _weighed(format.scan(unit), unit)
+    entries = format.scan(unit)
     if sidecars:
         entries = _recaptioned(entries, Captions(sidecars))
     write_part(format, entries, part, earlier)
@@ -252,19 +250,6 @@ def _recaptioned(
                 yield unread(entry.key, error)
                 continue
             entry = dataclasses.replace(entry, text=text)
-        yield entry
-
-
-def _weighed(entries: Iterator[Entry | Problem], unit: Any) -> Iterator[Entry | Problem]:
-    """A unit's entries; a problem that stands for what nobody has seen of its file says so."""
-    file, last = _file_of(unit), None
-    for entry in entries:
-        # An archive of `io-json` has no records: its list's rows say by themselves that they lack their pictures.
-        if isinstance(entry, Problem) and unit != [file]:
-            is_empty = last is None and entry.key == f"{file} before its end"
-            if entry.key == file or is_empty or _CUT in entry.reason:
-                entry = dataclasses.replace(entry, records=0)
-        last = entry
         yield entry
 
 

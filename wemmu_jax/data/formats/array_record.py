@@ -44,12 +44,12 @@ class ArrayRecord:
     def scan(self, path: str) -> Iterator[Entry | Problem]:
         """The records of a file."""
         if storage.is_remote(path) or not os.path.exists(path):
-            yield Problem(path, "no such local file")
+            yield Problem(path, "no such local file", records=0)
             return
         try:
             count = _reader(path, storage.stamp(path)).num_records()
         except _ERRORS as error:
-            yield _damaged(path, error)
+            yield _damaged(path, error, records=0)
             return
         for first in range(0, count, _CHUNK):
             numbers = range(first, min(first + _CHUNK, count))
@@ -107,9 +107,9 @@ def _entry(path: str, number: int, data: bytes) -> Entry:
     return Entry(key, text, places, turns)
 
 
-def _damaged(where: str, error: Exception) -> Problem:
+def _damaged(where: str, error: Exception, *, records: int = 1) -> Problem:
     # The library does not tell a disk that fails from a file that is damaged.
-    return Problem(where, f"damaged: {type(error).__name__}: {error}", again=True)
+    return Problem(where, f"damaged: {type(error).__name__}: {error}", True, records)
 
 
 def _records(path: str, numbers: Sequence[int]) -> list[bytes]:

@@ -62,8 +62,10 @@ class _Files(abc.ABC):
                 raise OSError(f"{path}: could not be opened before")
             columns = self._columns(file, path, group)
         except (ValueError, OSError) as error:
-            keys = [f"{name}:{first + row + 1}" for row in range(rows)]
-            yield from (unread(key, error) for key in keys or [path])
+            for row in range(rows):
+                yield unread(f"{name}:{first + row + 1}", error)
+            if not rows:
+                yield unread(path, error, records=0)
             return
         for row in range(rows):
             where = f"{path}, row {first + row + 1}"

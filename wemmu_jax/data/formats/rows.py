@@ -55,7 +55,7 @@ class Rows(abc.ABC):
         """The records of some rows; keys are rows counted from 1, after `LIST:` where there are several."""
         file, root, first, at = unit
         if first is None:
-            yield Problem(file, at)
+            yield Problem(file, at, records=0)
             return
         prefix = f"{file}:" if len(self._lists()) > 1 else ""
         find = self._finder(root)
@@ -66,7 +66,7 @@ class Rows(abc.ABC):
                     where = f"{file}, row {number}"
                     yield from self._checked(f"{prefix}{number}", row, find, where)
         except (ValueError, OSError) as error:  # of the list itself
-            yield unread(file, error, where=f"{file}, after row {number}")
+            yield unread(file, error, where=f"{file}, after row {number}", records=0)
 
     def _checked(self, key: str, row: Any, find: Find, where: str) -> Iterator[Entry | Problem]:
         try:

@@ -26,13 +26,21 @@ _BROKEN = (tarfile.ReadError, ValueError, IndexError)
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """A file in a tar: its name, the offset of its first byte, its size (-1: it cannot be read), and why, or what was
-    skipped before its header."""
+    """A file in a tar.
+
+    Attributes:
+      name: empty of what lies behind the last file.
+      at: the offset of its first byte.
+      size: -1 if it cannot be read.
+      gap: why not, or what was skipped before its header.
+      ends: whether the tar is cut, so that nobody knows what came after it.
+    """
 
     name: str
     at: int
     size: int
     gap: str = ""
+    ends: bool = False
 
 
 @dataclasses.dataclass
@@ -44,17 +52,20 @@ class _Sample:
       members: by extension; by "" one that cannot be read.
       gaps: what was skipped before them.
       twice: names of those whose extension another has already.
+      ends: whether the tar is cut in it.
     """
 
     stem: str
     members: dict[str, Member] = dataclasses.field(default_factory=dict)
     gaps: list[str] = dataclasses.field(default_factory=list)
     twice: list[str] = dataclasses.field(default_factory=list)
+    ends: bool = False
 
     def add(self, member: Member, extension: str = "") -> None:
         """Takes a member, unless there is one of its extension."""
         if member.gap:
             self.gaps.append(member.gap)
+        self.ends |= member.ends
         if member.size < 0:
             self.members[""] = member
         elif extension in self.members:
@@ -94,13 +105,13 @@ class Webdataset:
     def scan(self, path: str) -> Iterator[Entry | Problem]:
         """The samples of a tar; keys are `TAR/KEY` without the tar's extension."""
         if storage.stamp(path) is None:
-            yield Problem(path, "no such file")
+            yield Problem(path, "no such file", records=0)
             return
         try:
             with storage.local_copy(path):
                 yield from self._records(path)
         except (ValueError, OSError) as error:
-            yield unread(path, error)
+            yield unread(path, error, records=0)
 
     def _records(self, path: str) -> Iterator[Entry | Problem]:
         shard = pathlib.PurePosixPath(path).name.partition(".")[0]
@@ -108,18 +119,20 @@ class Webdataset:
         for sample in _samples(path):
             stem, members, gap = sample.stem, sample.members, "; ".join(sample.gaps)
             key = f"{shard}/{stem}"
+            # Nobody has seen what a tar lacks that is cut, or of which no sample was found.
+            lost = 0 if sample.ends or not (stem or seen) else 1
             try:
                 if stem and stem not in seen:
                     yield Entry(key, self._text(path, members), (_picture(path, members),))
             except (ValueError, OSError) as error:
                 was_whole = False
-                problem = unread(key, error)
+                problem = unread(key, error, records=lost)
                 reason = f"{problem.reason} ({path}{': ' + gap if gap else ''})"
                 yield dataclasses.replace(problem, reason=reason)
             else:
                 if gap and was_whole:  # else it is what the sample before lacks
                     name = stem or "".join(member.name for member in members.values())
-                    yield Problem(f"{path} before {name or 'its end'}", gap)
+                    yield Problem(f"{path} before {name or 'its end'}", gap, records=lost)
                 was_whole = True
             if not stem:
                 yield from self._nameless(path, members)
@@ -129,7 +142,8 @@ class Webdataset:
             elif sample.twice:
                 names = ", ".join(sample.twice)
                 yield Problem(key, f"{path}: {names}: there twice, and the first counts")
-            seen.add(stem)
+            if stem:
+                seen.add(stem)
 
     def _nameless(self, path: str, members: dict[str, Member]) -> Iterator[Problem]:
         """What should have been a sample's; `._a.jpg` of macOS, `.DS_Store` and the like should not."""
@@ -214,7 +228,7 @@ def members(path: str) -> Iterator[Member]:
             if stop > size:
                 after = f"the tar is cut: {info.name} should end at {stop}"
                 gaps.append(f"{after}, the file ends at {size}")
-                yield Member(info.name, info.offset_data, -1, "; ".join(gaps))
+                yield Member(info.name, info.offset_data, -1, "; ".join(gaps), ends=True)
                 return
             if info.issparse():
                 gaps.append(f"{info.name} is a sparse member (tar -S), only parts of it are there")
