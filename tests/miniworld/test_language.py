@@ -10,7 +10,14 @@ from tests.miniworld.reading import PLACE, carry_out, carry_out_on_two, is_so, s
 from wemmu_jax.miniworld import compositions, edits, questions
 from wemmu_jax.miniworld.compositions import draw_composition
 from wemmu_jax.miniworld.edits import draw_edit
-from wemmu_jax.miniworld.language import FAMILIES, caption, templates
+from wemmu_jax.miniworld.language import (
+    FAMILIES,
+    at_place,
+    caption,
+    place_objects,
+    templates,
+    with_article,
+)
 from wemmu_jax.miniworld.prompts import CATEGORIES, draw_prompt
 from wemmu_jax.miniworld.questions import draw_question
 from wemmu_jax.miniworld.scene import BACKGROUNDS, SPLITS, draw_scene
@@ -117,6 +124,7 @@ def test_an_edit_changes_what_it_says_and_nothing_else(kind, split):
         changed = [fact for fact in {*before, *after} if before.get(fact) != after.get(fact)]
         assert sorted(fact[1] for fact in changed) == _CHANGED[kind]
         assert all((fact[0] == "background") == (kind == "background") for fact in changed)
+        _check_answer(edit, [edit.source])
         touched = {fact[0] for fact in changed}
         kept = [o for o in edit.source.objects if o.place not in touched]
         assert kept == [o for o in edit.target.objects if o.place not in touched]
@@ -138,6 +146,33 @@ def test_a_composition_joins_what_it_says(kind, split):
         assert first.canonical != composition.target.canonical
         meant = carry_out_on_two(kind, composition.instruction, first, second)
         assert meant.canonical == composition.target.canonical, composition
+        _check_answer(composition, composition.sources)
+
+
+def _check_answer(change, sources):
+    """It names what the instruction names, tells its place, and ends with what is new in the target."""
+    *found, becomes = re.split(", |: ", change.answer) if change.kind != "merge" else [""]
+    base, target = sources[0], change.target
+    gone = [item for item in base.objects if item not in target.objects]
+    new = [item for item in target.objects if item not in base.objects]
+    if change.kind == "background":
+        assert change.answer == f"the background: {target.background}"
+    elif change.kind == "merge":
+        assert change.answer == f"the second image: {place_objects(sources[1])}"
+    elif change.kind == "add" and len(sources) == 1:
+        assert change.answer == f"{at_place(new[0].place)}: {with_article(new[0].name)}"
+    else:
+        things = [gone] * bool(gone) + [second.objects for second in sources[1:]]
+        for words, items in zip(found, things, strict=True):
+            places = [at_place(o.place) for o in items if words.endswith(at_place(o.place))]
+            assert len(places) == 1, change
+            assert words in change.instruction or words.removesuffix(f" {places[0]}") in (
+                change.instruction
+            )
+        name = with_article(new[0].name) if new else "nothing"
+        if change.kind == "add":
+            name += f" {at_place(new[0].place)}"
+        assert becomes == (at_place(new[0].place) if change.kind == "move" else name)
 
 
 def _gist_and_places(kind, text, scene):

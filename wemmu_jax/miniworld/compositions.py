@@ -7,18 +7,26 @@ from dataclasses import replace
 import numpy as np
 
 from wemmu_jax.miniworld.edits import Change
-from wemmu_jax.miniworld.language import Phrases, at_place, refer
-from wemmu_jax.miniworld.scene import MAX_OBJECTS, Scene, Split, choose, draw_scene
+from wemmu_jax.miniworld.language import (
+    Phrases,
+    at_place,
+    place_objects,
+    placed,
+    refer,
+    with_article,
+)
+from wemmu_jax.miniworld.scene import MAX_OBJECTS, Object, Scene, Split, choose, draw_scene
 
 Combiner = Callable[[Scene, Scene, np.random.Generator], Change | None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Composition:
-    """`instruction` leads from the two `sources` to `target`."""
+    """`instruction` leads from the two `sources` to `target`; `answer` says what it means in these scenes."""
 
     kind: str
     instruction: str
+    answer: str
     sources: tuple[Scene, Scene]
     target: Scene
 
@@ -28,37 +36,47 @@ def _replace(first: Scene, second: Scene, rng: np.random.Generator) -> Change | 
     if item.name == lent.name:
         return None
     new = replace(item, shape=lent.shape, colour=lent.colour)
-    words = {"it": refer(first, item, rng), "lent": refer(second, lent, rng)}
-    return Change(first.exchange(item, new), words)
+    return _exchange(first, second, item, lent, new, rng)
 
 
 def _add(first: Scene, second: Scene, rng: np.random.Generator) -> Change | None:
     if len(first.objects) == MAX_OBJECTS:
         return None
     lent, place = choose(rng, second.objects), choose(rng, first.free_places)
+    new = replace(lent, place=place, offset=(0.0, 0.0))
     words = {"lent": refer(second, lent, rng), "at_place": at_place(place)}
-    return Change(first.add(replace(lent, place=place, offset=(0.0, 0.0))), words)
+    answer = f"{placed(words['lent'], lent)}: {placed(with_article(new.name), new)}"
+    return Change(first.add(new), words, answer)
 
 
 def _recolour(first: Scene, second: Scene, rng: np.random.Generator) -> Change | None:
     item, lent = choose(rng, first.objects), choose(rng, second.objects)
     if item.colour == lent.colour:
         return None
-    words = {"it": refer(first, item, rng), "lent": refer(second, lent, rng)}
-    return Change(first.exchange(item, replace(item, colour=lent.colour)), words)
+    return _exchange(first, second, item, lent, replace(item, colour=lent.colour), rng)
 
 
 def _background(first: Scene, second: Scene, rng: np.random.Generator) -> Change | None:
     if first.background == second.background:
         return None
-    return Change(replace(first, background=second.background), {})
+    answer = f"the background: {second.background}"
+    return Change(replace(first, background=second.background), {}, answer)
 
 
 def _merge(first: Scene, second: Scene, rng: np.random.Generator) -> Change | None:
     objects = (*first.objects, *second.objects)
     if len(objects) > MAX_OBJECTS or len({item.place for item in objects}) < len(objects):
         return None
-    return Change(first.add(*second.objects), {})
+    return Change(first.add(*second.objects), {}, f"the second image: {place_objects(second)}")
+
+
+def _exchange(
+    first: Scene, second: Scene, item: Object, lent: Object, new: Object, rng: np.random.Generator
+) -> Change:
+    """`new` in place of `item`, after what `lent` of the second scene is."""
+    words = {"it": refer(first, item, rng), "lent": refer(second, lent, rng)}
+    found = f"{placed(words['it'], item)}, {placed(words['lent'], lent)}"
+    return Change(first.exchange(item, new), words, f"{found}: {with_article(new.name)}")
 
 
 KINDS: dict[str, tuple[Combiner, Phrases]] = {
@@ -155,10 +173,19 @@ def draw_composition(
 ) -> Composition:
     """A composition of `kind` (any, if None) whose three scenes are of `split`, in a wording of `split`."""
     kind = kind or choose(rng, KINDS)
-    combiner, phrases = KINDS[kind]
     while True:
-        first, second = draw_scene(rng, split), draw_scene(rng, split)
-        change = combiner(first, second, rng)
-        if change and change.target.split == split:
-            text = phrases.draw(rng, split).format(**change.words)
-            return Composition(kind, text, (first, second), change.target)
+        sources = draw_scene(rng, split), draw_scene(rng, split)
+        if made := composition_of(sources, kind, rng, split):
+            return made
+
+
+def composition_of(
+    sources: tuple[Scene, Scene], kind: str, rng: np.random.Generator, split: Split
+) -> Composition | None:
+    """A composition of `kind` of these scenes; None where there is none, or where it leads out of `split`."""
+    combiner, phrases = KINDS[kind]
+    change = combiner(*sources, rng)
+    if not change or change.target.split != split:
+        return None
+    instruction = phrases.draw(rng, split).format(**change.words)
+    return Composition(kind, instruction, change.answer, sources, change.target)

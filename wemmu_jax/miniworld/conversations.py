@@ -1,15 +1,16 @@
 """Conversations about scenes, from which the tiny VLM learns: questions in turns, descriptions, what an instruction
-leads to."""
+means."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from wemmu_jax.data.prompts import RECONSTRUCTION_PROMPT
+from wemmu_jax.miniworld import compositions, edits
 from wemmu_jax.miniworld.compositions import draw_composition
-from wemmu_jax.miniworld.edits import KINDS as KINDS_OF_EDITS
-from wemmu_jax.miniworld.edits import draw_edit, edit_of
+from wemmu_jax.miniworld.edits import draw_edit
 from wemmu_jax.miniworld.language import Phrases, caption, place_objects, say, with_article
 from wemmu_jax.miniworld.questions import KINDS, ask
 from wemmu_jax.miniworld.scene import Scene, Split, choose, draw_scene
@@ -61,9 +62,9 @@ def draw_conversation(
 ) -> Conversation:
     """A conversation after `pictures` pictures (0 to 2), of at most `turns` turns.
 
-    About one picture: questions, or edits and what each of them alone leads to. About two: a composition and what it
-    leads to. About none: a caption that tells all, with questions on it. Every second time a description is the last
-    turn of questions; one after it could be answered without a look at the picture.
+    About one picture: questions, or edits and what each of them means. About two: compositions and what they mean.
+    About none: a caption that tells all, with questions on it. Every second time a description is the last turn of
+    questions; one after it could be answered without a look at the picture.
     """
     if pictures == 2 or (pictures == 1 and rng.random() < EDIT_SHARE):
         return draw_change(rng, split, pictures=pictures, turns=turns)
@@ -79,16 +80,19 @@ def draw_conversation(
 def draw_change(
     rng: np.random.Generator, split: Split, *, pictures: int, turns: int = 1
 ) -> Conversation:
-    """What edits of one picture, each for itself, or a composition of two, lead to."""
-    if pictures == 2:
-        made = draw_composition(rng, split)
-        return Conversation(((made.instruction, describe(made.target)),), made.sources)
-    edits = [draw_edit(rng, split)]
-    while len(edits) < turns:
-        edit = edit_of(edits[0].source, choose(rng, KINDS_OF_EDITS), rng, split)
-        edits += [edit] if edit else []
-    told = tuple((edit.instruction, describe(edit.target)) for edit in edits)
-    return Conversation(told, (edits[0].source,))
+    """What edits of one picture, or compositions of two, mean in them; each for itself."""
+    if pictures == 1:
+        changes = [draw_edit(rng, split)]
+        scenes, kinds = (changes[0].source,), edits.KINDS
+        another = functools.partial(edits.edit_of, changes[0].source)
+    else:
+        changes = [draw_composition(rng, split)]
+        scenes, kinds = changes[0].sources, compositions.KINDS
+        another = functools.partial(compositions.composition_of, scenes)
+    while len(changes) < turns:
+        change = another(choose(rng, kinds), rng, split)
+        changes += [change] if change else []
+    return Conversation(tuple((one.instruction, one.answer) for one in changes), scenes)
 
 
 def _told(

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from wemmu_jax.miniworld.language import Phrases, at_place, refer, with_article
+from wemmu_jax.miniworld.language import Phrases, at_place, placed, refer, with_article
 from wemmu_jax.miniworld.scene import (
     BACKGROUNDS,
     COLOURS,
@@ -27,19 +27,25 @@ from wemmu_jax.miniworld.scene import (
 
 @dataclasses.dataclass(frozen=True)
 class Edit:
-    """`instruction` leads from `source` to `target`."""
+    """`instruction` leads from `source` to `target`; `answer` says what it means in this scene."""
 
     kind: str
     instruction: str
+    answer: str
     source: Scene
     target: Scene
 
 
 class Change(NamedTuple):
-    """A target and the words that fill the instruction's blanks."""
+    """A target, the words that fill the instruction's blanks, and what the instruction means in this scene.
+
+    The last repeats the words for what is to change, finds its place and ends with what it becomes. Found without being
+    named again, it was found by chance (docs/miniworld.md).
+    """
 
     target: Scene
     words: dict[str, str]
+    answer: str
 
 
 Changer = Callable[[Scene, np.random.Generator], Change | None]
@@ -52,16 +58,18 @@ def other(rng: np.random.Generator, options, than: str) -> str:
 
 def _recolour(scene: Scene, rng: np.random.Generator) -> Change:
     item = choose(rng, scene.objects)
-    colour = other(rng, COLOURS, item.colour)
-    words = {"it": refer(scene, item, rng), "colour": colour}
-    return Change(scene.exchange(item, replace(item, colour=colour)), words)
+    new = replace(item, colour=other(rng, COLOURS, item.colour))
+    it = refer(scene, item, rng)
+    answer = f"{placed(it, item)}: {with_article(new.name)}"
+    return Change(scene.exchange(item, new), {"it": it, "colour": new.colour}, answer)
 
 
 def _remove(scene: Scene, rng: np.random.Generator) -> Change | None:
     if len(scene.objects) == 1:
         return None
     item = choose(rng, scene.objects)
-    return Change(scene.without(item), {"it": refer(scene, item, rng)})
+    it = refer(scene, item, rng)
+    return Change(scene.without(item), {"it": it}, f"{placed(it, item)}: nothing")
 
 
 def _add(scene: Scene, rng: np.random.Generator) -> Change | None:
@@ -69,31 +77,30 @@ def _add(scene: Scene, rng: np.random.Generator) -> Change | None:
         return None
     item = Object(choose(rng, SHAPES), choose(rng, COLOURS), choose(rng, scene.free_places))
     words = {"new": with_article(item.name), "at_place": at_place(item.place)}
-    return Change(scene.add(item), words)
+    return Change(scene.add(item), words, "{at_place}: {new}".format(**words))
 
 
 def _replace(scene: Scene, rng: np.random.Generator) -> Change:
     item = choose(rng, scene.objects)
     new = replace(item, shape=other(rng, SHAPES, item.shape))
-    words = {
-        "it": refer(scene, item, rng),
-        "shape": with_article(new.shape),
-        "new": with_article(new.name),
-    }
-    return Change(scene.exchange(item, new), words)
+    it = refer(scene, item, rng)
+    words = {"it": it, "shape": with_article(new.shape), "new": with_article(new.name)}
+    return Change(scene.exchange(item, new), words, f"{placed(it, item)}: {words['new']}")
 
 
 def _move(scene: Scene, rng: np.random.Generator) -> Change:
     item = choose(rng, scene.objects)
     place = choose(rng, scene.free_places)
-    words = {"it": refer(scene, item, rng), "place": f"the {place}", "at_place": at_place(place)}
-    return Change(scene.exchange(item, replace(item, place=place)), words)
+    it = refer(scene, item, rng)
+    words = {"it": it, "place": f"the {place}", "at_place": at_place(place)}
+    answer = f"{placed(it, item)}: {words['at_place']}"
+    return Change(scene.exchange(item, replace(item, place=place)), words, answer)
 
 
 def _background(scene: Scene, rng: np.random.Generator) -> Change:
     background = other(rng, BACKGROUNDS, scene.background)
     words = {"colour": background, "background": with_article(background)}
-    return Change(replace(scene, background=background), words)
+    return Change(replace(scene, background=background), words, f"the background: {background}")
 
 
 KINDS: dict[str, tuple[Changer, Phrases]] = {
@@ -207,7 +214,8 @@ def edit_of(source: Scene, kind: str, rng: np.random.Generator, split: Split) ->
     change = changer(source, rng)
     if not change or change.target.split != split:
         return None
-    return Edit(kind, phrases.draw(rng, split).format(**change.words), source, change.target)
+    instruction = phrases.draw(rng, split).format(**change.words)
+    return Edit(kind, instruction, change.answer, source, change.target)
 
 
 def change_of(scene: Scene, rng: np.random.Generator) -> Scene:

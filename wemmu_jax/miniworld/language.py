@@ -66,6 +66,11 @@ def refer(scene: Scene, item: Object, rng: np.random.Generator) -> str:
     return choose(rng, ways)
 
 
+def placed(words: str, item: Object) -> str:
+    """`words` for the object, with its place unless they tell it: "the blue star at the top left"."""
+    return words if item.place in words else f"{words} {at_place(item.place)}"
+
+
 def count_objects(scene: Scene, noun: Callable[[Object], str]) -> str:
     """All objects, equal nouns counted together: "two red circles and a blue star"."""
     tally = collections.Counter(noun(item) for item in scene.objects)

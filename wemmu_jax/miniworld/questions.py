@@ -14,6 +14,7 @@ from wemmu_jax.miniworld.language import (
     Phrases,
     at_place,
     listed,
+    placed,
     plural,
     refer,
     with_article,
@@ -68,11 +69,6 @@ def _places(items: Sequence[Object]) -> str:
     return listed(at_place(item.place) for item in items) if items else "nowhere"
 
 
-def _placed(words: str, item: Object) -> str:
-    """`words` for the object, with its place."""
-    return words if item.place in words else f"{words} {at_place(item.place)}"
-
-
 def _colour(scene: Scene, rng: np.random.Generator) -> Asked:
     if rng.integers(6) == 0:
         return {"it": "the background"}, scene.background, "the background is {}"
@@ -118,7 +114,7 @@ def _relation(scene: Scene, rng: np.random.Generator) -> Asked | None:
     it, that = refer(scene, a, rng), refer(scene, b, rng)
     asked = word if yes else _OPPOSITES[word]
     words = {"it": it, "relation": asked, "that": that}
-    statement = f"{_placed(it, a)}, {asked} {_placed(that, b)}: {{}}"
+    statement = f"{placed(it, a)}, {asked} {placed(that, b)}: {{}}"
     return words, "yes" if yes else "no", statement
 
 

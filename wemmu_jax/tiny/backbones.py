@@ -27,7 +27,7 @@ VLM_CONFIG = {
     "model_type": "qwen2_5_vl",
     "hidden_size": 128,
     "intermediate_size": 384,
-    "num_hidden_layers": 8,
+    "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "hidden_act": "silu",

@@ -36,7 +36,7 @@ from wemmu_jax.tiny.pictures import batch_rng, draw_size
 from wemmu_jax.tiny.positions import begin_with_positions
 from wemmu_jax.training.optimizer import Method, OptimizerConfig
 
-ROWS, STEPS = 32, 5000
+ROWS, STEPS = 32, 4000
 # The steps up to which there are only descriptions, and from there on only statements.
 DESCRIPTIONS, STATEMENTS = 200, 500
 WORDS = (36, 60)  # of a row of statements, without a picture and with one
@@ -156,7 +156,7 @@ def _right(model: WeMMUModel, params: Mapping, batch: Mapping) -> jax.Array:
 
 def _evaluate(data: Conversations, right, params: Mapping) -> dict[str, float]:
     """Shares of held-out requests, in held-out wordings, whose whole answer is right: questions by kind and their mean,
-    and what edits, and compositions of two pictures, lead to."""
+    and what edits, and compositions of two pictures, mean."""
     asked: dict[str, list[Conversation]] = {}
     for number, kind in enumerate(KINDS):
         rng = np.random.default_rng([0, number])
