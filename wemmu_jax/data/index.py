@@ -86,8 +86,7 @@ class Problem:
       key: what it is called.
       reason: why.
       again: whether reading again may help though no file changes: a disk or a network failed.
-      records: how many it stands for; 0, until `Index.problems` estimates it, where it stands for all that its file
-        lacks, which nobody has seen.
+      records: how many it stands for; stored as 0 where it stands for all that its file lacks, which nobody has seen.
     """
 
     key: str
@@ -97,9 +96,7 @@ class Problem:
 
 
 def unread(key: str, error: Exception, *, where: str = "", records: int = 1) -> Problem:
-    """What an error that was met while reading says about a record, or about `records` of them, as `Problem` counts.
-
-    `where` is what the error does not name itself."""
+    """What an error that was met while reading says about `records`. `where`: what the error does not name itself."""
     again = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
     return Problem(key, f"{where}: {error}" if where else str(error), again, records)
 

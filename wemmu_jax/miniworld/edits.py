@@ -39,8 +39,8 @@ class Edit:
 class Change(NamedTuple):
     """A target, the words that fill the instruction's blanks, and what the instruction means in this scene.
 
-    The last repeats the words for what is to change, finds its place and ends with what it becomes. Found without being
-    named again, it was found by chance (docs/miniworld.md).
+    The answer repeats the words for what is to change, finds its place and ends with what it becomes. Without the
+    repetition the tiny VLM took any object (docs/miniworld.md).
     """
 
     target: Scene
