@@ -61,8 +61,8 @@ def refused(wemmu):
 @pytest.fixture(scope="package")
 def backbones(tmp_path_factory) -> pathlib.Path:
     """The tiny backbones as Hugging Face folders."""
+    from tests.backbones import write_backbones
     from wemmu_jax.miniworld.sources import MiniworldSource
-    from wemmu_jax.tiny.backbones import write_backbones
 
     source = MiniworldSource("caption", seed=0, size=500, split="train")
     root = tmp_path_factory.mktemp("backbones")

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.backbones import write_backbones
 from wemmu_jax.cli.main import main
 from wemmu_jax.conversion.backbones import DC_AE, DIT, VLM
 from wemmu_jax.conversion.convert import convert
 from wemmu_jax.conversion.memory import flatten
 from wemmu_jax.conversion.weights import Weights
 from wemmu_jax.tiny import loop
-from wemmu_jax.tiny.backbones import load_backbone, write_backbones
+from wemmu_jax.tiny.backbones import load_backbone
 from wemmu_jax.tiny.loop import Recipe, pretrain
 from wemmu_jax.training.optimizer import OptimizerConfig
 

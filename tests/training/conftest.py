@@ -17,6 +17,7 @@ import ml_collections
 import numpy as np
 import pytest
 
+from tests.backbones import write_backbones
 from tests.conftest import unoptimised
 from wemmu_jax.conversion.convert import convert
 from wemmu_jax.conversion.memory import flatten
@@ -152,7 +153,7 @@ def write_converted(folder: pathlib.Path, *, seed: int = 0) -> pathlib.Path:
         mock.patch.dict(tiny_backbones.DIT_CONFIG, num_layers=2),
         unoptimised(),
     ):
-        tiny_backbones.write_backbones(folder / "hf", texts, seed=seed)
+        write_backbones(folder / "hf", texts, seed=seed)
     convert(str(folder / "hf/vlm"), str(folder / "hf/sana"), str(folder / "converted"))
     return folder / "converted"
 

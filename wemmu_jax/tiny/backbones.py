@@ -4,18 +4,13 @@ import json
 import pathlib
 from collections.abc import Iterable, Mapping
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from wemmu_jax.conversion.backbones import DC_AE, DIT, VLM, Backbone
+from wemmu_jax.conversion.backbones import Backbone
 from wemmu_jax.conversion.convert import plan
 from wemmu_jax.conversion.memory import flatten, nest
 from wemmu_jax.conversion.safetensors_io import Spec, write_file
 from wemmu_jax.models.qwen2_5_vl.tokenizer import train_tokenizer
-from wemmu_jax.models.wemmu.config import BridgeConfig, WeMMUConfig
-from wemmu_jax.models.wemmu.modeling import WeMMUModel
-from wemmu_jax.rng import Stream, stream_key
 
 VOCABULARY = 1024
 # With heads of 32, what Qwen's theta of 1e6 and its sections leave for columns hardly turns at all. Here rows and
@@ -175,16 +170,6 @@ def write_configs(root: pathlib.Path, texts: Iterable[str]) -> None:
     _write(root / "sana/vae/config.json", DC_AE_CONFIG)
     _write(root / "sana/scheduler/scheduler_config.json", SCHEDULER_CONFIG)
     _write(root / "sana/model_index.json", {"_class_name": "SanaPipeline"})
-
-
-def write_backbones(root: pathlib.Path, texts: Iterable[str], *, seed: int) -> None:
-    """`write_configs`, and random weights that have learned nothing."""
-    write_configs(root, texts)
-    model = WeMMUModel(WeMMUConfig.from_folder(root, BridgeConfig(**BRIDGE)), dtype=jnp.float32)
-    params = jax.jit(model.init_backbones)(stream_key(seed, Stream.INIT))
-    for backbone in (VLM, DIT, DC_AE):
-        config = json.loads((root / backbone.folder / "config.json").read_text())
-        save_backbone(backbone, root, config, params[backbone.prefix])
 
 
 def _write(path: pathlib.Path, content: Mapping) -> None:
