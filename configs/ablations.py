@@ -55,7 +55,7 @@ def _mixture(**weights: float) -> dict[str, float]:
 
 _EDITS = _mixture(S_Edit=1.0)
 _JOINT = _mixture(Rec=30.0, T2I=30.0, Uncond=5.0, S_Edit=35.0)
-_QUERIES_LEARN = {"trainable": (("queries/", True), (".*", False))}
+_QUERIES_LEARN = (("queries/", True), (".*", False))
 _VIT_LEARNS = (("vlm/vision/", True), *ALL_BUT_VLM_LEARN)
 
 PHASES = {
@@ -65,9 +65,9 @@ PHASES = {
     "stage4": Phase("stage4", "stage3"),
     # Fig. 1: editing alone after T2I and reconstruction; with the queries alone; all tasks from the start.
     "edits": Phase("stage3", "stage2", _EDITS),
-    "edits-queries": Phase("stage3", "stage2", _EDITS | _QUERIES_LEARN),
+    "edits-queries": Phase("stage3", "stage2", _EDITS | {"trainable": _QUERIES_LEARN}),
     "edits-new-queries": Phase(
-        "stage3", "stage2", _EDITS | _QUERIES_LEARN | {"redrawn": ("queries/",)}
+        "stage3", "stage2", _EDITS | {"trainable": _QUERIES_LEARN, "redrawn": ("queries/",)}
     ),
     "joint1": Phase("stage1", None, _JOINT),
     "joint2": Phase("stage2", "joint1", _JOINT),

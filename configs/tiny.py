@@ -50,10 +50,7 @@ def get_config(stage: str) -> ml_collections.ConfigDict:
     config.paper.steps = config.optimizer.steps = STEPS[stage]
     config.optimizer.warmup = 100
     config.optimizer.method = "muon"
-    # What the expert has to learn comes late at 1e-3, in edits of one object of several not at all; the DiT, which can
-    # draw already, is no better for more.
-    config.optimizer.learning_rate = 8e-3
-    config.optimizer.rates = (("dit/", 0.125),)
+    config.optimizer.learning_rate = 1e-3
     config.optimizer.ema = 0.998
     config.mesh.fsdp = 1
     config.validation_rows = 16

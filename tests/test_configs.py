@@ -228,7 +228,6 @@ NONSENSE = {
     "batch.rows": ["0"],
     "batch.micro_batches": ["-1"],
     "optimizer.learning_rate": ["0", "Infinity"],
-    "optimizer.rates": ["[1]", '[["("]]', '[["(", 1]]', '[["dit/", 0]]', '[["dit/", true]]'],
     "optimizer.weight_decay": ["-1e-5", "NaN", "Infinity"],
     "optimizer.clip": ["-1.0", "NaN", "Infinity"],
     "optimizer.ema": ["-0.1", "NaN"],

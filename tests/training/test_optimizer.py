@@ -15,13 +15,11 @@ from wemmu_jax.training.optimizer import (
     FreezeRule,
     Method,
     OptimizerConfig,
-    RateRule,
     count_parameters,
     decayed,
     learns,
     make_optimizer,
     merge,
-    rate_factors,
     split,
 )
 
@@ -90,44 +88,6 @@ def test_weight_decay_is_on_matrices_alone():
         "dc_ae/conv/kernel",
         "expert/layers/q/kernel",
     }
-
-
-# -- rates
-
-
-RATES = (RateRule("dit/table", 2.0), RateRule("dit/", 0.5), RateRule(".*norm", 0.25))
-
-
-def test_first_rate_that_matches_decides_and_the_rest_learn_at_one():
-    tree = {**TREE, "dit": {"table": np.ones(2), "conv": {"kernel": np.ones((3, 3))}}}
-    factors = rate_factors(tree, RATES)
-    assert {path: f for path, f in factors.items() if f != 1} == {
-        "dit/table": 2.0,
-        "dit/conv/kernel": 0.5,
-        "expert/layers/norm/scale": 0.25,
-    }
-    assert factors.keys() == flatten(tree).keys()
-    with pytest.raises(ValueError, match=r"rates: \['dit/'\] decide for no parameter"):
-        rate_factors(TREE, RATES)
-
-
-@pytest.mark.parametrize("method", Method)
-def test_rates_multiply_steps_and_weight_decay(method):
-    keys = iter(jax.random.split(jax.random.key(0), 4))
-    shapes = {"dit": (4, 6), "expert": (6, 4)}
-    params = {name: {"kernel": jax.random.normal(next(keys), s)} for name, s in shapes.items()}
-    gradients = jax.tree.map(lambda leaf: leaf * abs(leaf), params)
-
-    def steps(*rates):
-        config = OptimizerConfig(
-            0.1, warmup=0, steps=10, weight_decay=0.5, method=method, rates=rates
-        )
-        optimizer = make_optimizer(config)
-        return flatten(optimizer.update(gradients, optimizer.init(params), params)[0])
-
-    plain, rated = steps(), steps(RateRule("dit/", 0.125))
-    np.testing.assert_array_equal(rated["expert/kernel"], plain["expert/kernel"])
-    np.testing.assert_allclose(rated["dit/kernel"], 0.125 * plain["dit/kernel"], rtol=1e-6)
 
 
 # -- the schedule

@@ -138,12 +138,6 @@ def test_what_cannot_be_drawn_anew(redrawn, message, stage1, config_of, tmp_path
         prepare(config)
 
 
-def test_a_rate_of_no_parameter(stage1, config_of):
-    config = config_of("stage2", stage1[1], **{"optimizer.rates": (("dti/", 0.5),)})
-    with pytest.raises(ValueError, match=r"optimizer\.rates: \['dti/'\] decide for no parameter"):
-        prepare(config)
-
-
 # -- what a run tells
 
 

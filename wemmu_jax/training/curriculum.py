@@ -22,7 +22,7 @@ from wemmu_jax.data.tasks import STAGE_TASKS, Task
 from wemmu_jax.diffusion.flow import TimeLaw
 from wemmu_jax.models.wemmu.config import BridgeConfig
 from wemmu_jax.ops.attention import AttentionBackend
-from wemmu_jax.training.optimizer import FreezeRule, Method, OptimizerConfig, RateRule
+from wemmu_jax.training.optimizer import FreezeRule, Method, OptimizerConfig
 
 _NO_VQA = (
     f"data.mixture: no stage trains on {Task.VQA.value}, because the VLM, which answers, is frozen in all of them; "
@@ -112,8 +112,6 @@ def base_config() -> ml_collections.ConfigDict:
             "optimizer": {
                 "method": "adamw",
                 "learning_rate": 1e-5,
-                # [pattern, factor] of paths that learn at another rate; the first that matches decides.
-                "rates": (),
                 "warmup": 1500,
                 "steps": 0,
                 "weight_decay": 1e-5,
@@ -257,10 +255,6 @@ def _is_rule(value: Any) -> bool:
     return isinstance(value, list | tuple) and len(value) == 2
 
 
-def _is_rate(value: Any) -> bool:
-    return _is_rule(value) and _is_pattern(value[0]) and _above_zero(value[1])
-
-
 def _is_pattern(value: Any) -> bool:
     try:
         return isinstance(value, str) and re.compile(value) is not None
@@ -297,7 +291,6 @@ _EXPECTED: dict[str, tuple[_Test, str]] = {
     "batch.rows": _COUNT,
     "batch.micro_batches": _COUNT,
     "optimizer.learning_rate": (_above_zero, "a finite number above 0"),
-    "optimizer.rates": (_list_of(_is_rate), "a list of [pattern, a finite number above 0]"),
     "optimizer.weight_decay": (_number(), "a finite number of at least 0"),
     "optimizer.clip": (_number(), "0 (off) or a finite number above it"),
     "optimizer.ema": (_number(0, 1), "0 (off) or a number between 0 and 1"),
@@ -380,7 +373,6 @@ class Stage:
                 weight_decay=fields.weight_decay,
                 clip=fields.clip or None,
                 method=_choice(Method, "optimizer.method", fields.method),
-                rates=tuple(RateRule(*rule) for rule in fields.rates),
             ),
             ema=fields.ema,
             loss=kind,

@@ -67,37 +67,6 @@ def split(params: Mapping, table: Sequence[FreezeRule]) -> tuple[dict, dict]:
     return trainable, frozen
 
 
-@dataclasses.dataclass(frozen=True)
-class RateRule:
-    """Paths that match `pattern` (a regex for `re.match`) learn at `factor` times the learning rate."""
-
-    pattern: str
-    factor: float
-
-
-_ONE = RateRule("", 1.0)
-
-
-def rate_factors(params: Mapping, table: Sequence[RateRule]) -> dict[str, float]:
-    """Path -> what multiplies its learning rate: the factor of the first rule that matches, 1 where none does.
-
-    Args:
-      params: the whole tree; a rule may well be for what is frozen in this stage.
-      table: ordered.
-
-    Raises:
-      ValueError: a rule decides for no parameter.
-    """
-    rules = {path: _rate(path, table) for path in flatten(params)}
-    if idle := [rule.pattern for rule in table if rule not in rules.values()]:
-        raise ValueError(f"optimizer.rates: {idle} decide for no parameter")
-    return {path: rule.factor for path, rule in rules.items()}
-
-
-def _rate(path: str, table: Sequence[RateRule]) -> RateRule:
-    return next((rule for rule in table if re.match(rule.pattern, path)), _ONE)
-
-
 def merge(first: Mapping, second: Mapping) -> dict:
     """Two trees without common leaves as one."""
     return nest({**flatten(first), **flatten(second)})
@@ -127,7 +96,6 @@ class OptimizerConfig:
       weight_decay: on matrices alone.
       clip: global norm of the gradient, or None.
       method: AdamW or Muon.
-      rates: parameters that learn faster or more slowly than the rest.
     """
 
     learning_rate: float
@@ -138,7 +106,6 @@ class OptimizerConfig:
     weight_decay: float = 1e-5
     clip: float | None = 1.0
     method: Method = Method.ADAMW
-    rates: tuple[RateRule, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.warmup < self.steps:
@@ -157,15 +124,12 @@ class OptimizerConfig:
 def make_optimizer(
     config: OptimizerConfig, mesh: Mesh | None = None
 ) -> optax.GradientTransformation:
-    """Clipping, the method, `rates`. On a `mesh`, Muon's products are shared out by layers, see `_layers_apart`."""
-    parts = [optax.identity() if config.clip is None else optax.clip_by_global_norm(config.clip)]
+    """Clipping, then the method. On a `mesh`, Muon's products are shared out by layers, see `_layers_apart`."""
+    clip = optax.identity() if config.clip is None else optax.clip_by_global_norm(config.clip)
     if config.method is Method.ADAMW:
-        parts.append(_adamw(config))
-    else:
-        parts += [optax.identity() if mesh is None else _layers_apart(mesh), _muon(config)]
-    if config.rates:
-        parts.append(_at_rates(config.rates))
-    return optax.chain(*parts)
+        return optax.chain(clip, _adamw(config))
+    apart = optax.identity() if mesh is None else _layers_apart(mesh)
+    return optax.chain(clip, apart, _muon(config))
 
 
 def _adamw(config: OptimizerConfig) -> optax.GradientTransformation:
@@ -189,17 +153,6 @@ def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
         muon_weight_dimension_numbers=_matrices,
         consistent_rms=0.2,  # steps of AdamW's size, so that one learning rate serves both
     )
-
-
-def _at_rates(table: Sequence[RateRule]) -> optax.GradientTransformation:
-    """Multiplies steps, weight decay included, by the factors of `table`."""
-
-    def scale(updates: Mapping, params: Mapping | None) -> dict:
-        del params
-        steps = flatten(updates)
-        return nest({path: _rate(path, table).factor * leaf for path, leaf in steps.items()})
-
-    return optax.stateless(scale)
 
 
 def _layers_apart(mesh: Mesh) -> optax.GradientTransformation:

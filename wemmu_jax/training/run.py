@@ -26,7 +26,7 @@ from wemmu_jax.sharding.rules import parameter_shardings
 from wemmu_jax.training.batch import TrainBatch, on_devices, packer, train_batch
 from wemmu_jax.training.checkpoints import differences
 from wemmu_jax.training.curriculum import Stage
-from wemmu_jax.training.optimizer import count_parameters, learns, merge, rate_factors, split
+from wemmu_jax.training.optimizer import count_parameters, learns, split
 from wemmu_jax.training.origin import Origin
 from wemmu_jax.training.step import Trainer
 
@@ -108,7 +108,6 @@ def prepare(config: ml_collections.ConfigDict) -> Run:
     check_mesh(config, model.config, mesh)
     encoder, data, held_out = prepare_data(config, origin, model.config)
     trainable, frozen = _weights(origin, model, stage, mesh)
-    rate_factors(merge(trainable, frozen), stage.optimizer.rates)  # refuses a rule of nothing
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), trainable)
     trainer = Trainer(model, stage, mesh, abstract)
     return Run(config, stage, trainer, origin, encoder, data, held_out, trainable, frozen)
