@@ -50,7 +50,9 @@ def get_config(stage: str) -> ml_collections.ConfigDict:
     config.paper.steps = config.optimizer.steps = STEPS[stage]
     config.optimizer.warmup = 100
     config.optimizer.method = "muon"
-    config.optimizer.learning_rate = 1e-3
+    # Stage 1 teaches fresh parts beside a DiT that stays as it is, and 400 steps of it end at a training loss of .41 at
+    # 1e-3, .32 at 2e-3, .27 at 4e-3 and 8e-3. Later stages go on from what can do something: more was no better.
+    config.optimizer.learning_rate = 4e-3 if stage == "stage1" else 1e-3
     config.optimizer.ema = 0.998
     config.mesh.fsdp = 1
     config.validation_rows = 16

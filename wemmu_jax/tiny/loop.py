@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import pathlib
 import sys
 from collections.abc import Callable, Mapping
@@ -173,8 +172,7 @@ def _abstract(shapes: TrainState, mesh: Mesh) -> TrainState:
 def _claim(workdir: pathlib.Path, described: dict) -> None:
     path = workdir / "recipe.json"
     if path.exists():
-        mine = json.loads(json.dumps(described))  # a tuple is a list there
-        if other := differences(read_object(path), mine):
+        if other := differences(read_object(path), described):
             raise ValueError(f"{workdir} belongs to another recipe:\n  " + "\n  ".join(other))
         return
     workdir.mkdir(parents=True, exist_ok=True)
