@@ -45,7 +45,7 @@ def copy_of_stage1(stage1, tmp_path):
 def test_a_workdir_of_another_config(stage1, config_of):
     config = config_of("stage1", **EMA, **{"optimizer.learning_rate": 0.5, "seed": 7})
     text = refused(config, stage1[1], ValueError, "belongs to another config")
-    assert "optimizer.learning_rate: 0.001 there, 0.5 here" in text
+    assert "optimizer.learning_rate: 0.004 there, 0.5 here" in text
     assert "seed: 1 there, 7 here" in text
     assert text.count(" there, ") == 2
 
