@@ -34,15 +34,17 @@ def jobs(
 
     tasks: dict[Run, list[str]] = {}
     for one in studies:
-        for run in one.runs:
-            trained(run)
         for run, asked in one.graded.items():
             wanted = tasks.setdefault(run, [])
             wanted += [task for task in asked if task not in wanted]
-    for run, asked in tasks.items():
-        add(f"grade/{run}", (trained(run),), work.grade, run=str(run), tasks=asked, **common)
-    for run in dict.fromkeys(run for one in studies for run in one.attention):
-        add(f"attend/{run}", (trained(run),), work.attend, run=str(run), **common)
+    looked_at = {run for one in studies for run in one.attention}
+    # Seed by seed, and looked at as soon as it is trained: stopped early, every study has its first seeds.
+    for run in sorted((run for one in studies for run in one.runs), key=lambda run: run.seed):
+        need = trained(run)
+        if run in tasks:
+            add(f"grade/{run}", (need,), work.grade, run=str(run), tasks=tasks[run], **common)
+        if run in looked_at:
+            add(f"attend/{run}", (need,), work.attend, run=str(run), **common)
     return list(found.values())
 
 

@@ -55,7 +55,6 @@ class Study:
 
 
 def _queries(seeds: int) -> Study:
-    # Seed by seed: stopped early, all arms have as many.
     runs = tuple(Run(arm, seed, "stage3") for seed in range(seeds) for arm in SETTINGS)
     return Study("queries, stages 1 to 3 (Table 4)", runs, dict.fromkeys(runs, _EDITING))
 
