@@ -9,6 +9,7 @@ from tests.evaluation.test_miniworld import Copier
 from wemmu_jax.ablations.report import Results, report
 from wemmu_jax.ablations.studies import STUDIES, study
 from wemmu_jax.ablations.work import REQUESTS_SEED
+from wemmu_jax.cli.main import FAILED, main
 from wemmu_jax.evaluation.miniworld import evaluate
 
 BUDGET = "smoke"
@@ -71,6 +72,29 @@ def test_a_section_has_a_row_for_each_run_and_its_pictures(name, results):
     assert f"Budget `{BUDGET}`" in section
     assert ("cfm-8 4 x 16" in section and "cfm-32 4 x 64" in section) == (name == "losses")
     assert ("stage2 4 x 8" in section) == (name not in ("losses", "connectors", "pathway"))
+
+
+def test_a_study_that_was_stopped_compares_the_seeds_that_all_arms_have(tmp_path):
+    one = study("queries", budget="full")
+    for run in one.runs[:-5]:  # all arms of seed 0, three of seed 1
+        write_run(tmp_path / "full", run, one.graded[run])
+    results = Results(tmp_path, "full", tmp_path / "docs/miniworld")
+    section = report("queries", results)
+    assert "over seeds 0." in section and "±" not in section
+    write_run(tmp_path / "full", one.runs[-5], one.graded[one.runs[-5]])
+    section = report("queries", results)
+    assert "over seeds 0, 1." in section
+    assert [row["copied"] for row in rows_of(section)] == ["1.000 ± 0.000"] * 4
+
+
+def test_all_sections_are_written_but_those_that_were_not_run(results, tmp_path, capsys):
+    page = tmp_path / "page.md"
+    page.write_text("".join(f"<!-- {name} -->\nold\n<!-- /{name} -->\n" for name in STUDIES))
+    main(["miniworld", "report", "all", "--out", f"{results.out.parent}", "--page", f"{page}"])
+    assert "attention: not run" in capsys.readouterr().out
+    assert page.read_text().count("\nold\n") == len(STUDIES) - len(GRADED)
+    asked = ["miniworld", "report", "attention", "--out", f"{tmp_path}", "--page", f"{page}"]
+    assert main(asked) == FAILED and "attention" in capsys.readouterr().err
 
 
 def test_a_step_that_ran_twice_counts_once(results):

@@ -74,9 +74,16 @@ class Results:
         self.out, self.budget, self.pictures = out / budget, BUDGETS[budget], pictures
         self.name = budget
 
+    def graded(self, run: Run) -> bool:
+        """Whether there are scores of it."""
+        return self._scores(run).exists()
+
     def scores(self, run: Run) -> dict[str, dict[str, float]]:
         """task -> kind -> share."""
-        return json.loads((self.out / f"grades/{run}/scores.json").read_text())
+        return json.loads(self._scores(run).read_text())
+
+    def _scores(self, run: Run) -> pathlib.Path:
+        return self.out / f"grades/{run}/scores.json"
 
     def grades(self, run: Run, task: str) -> list[dict]:
         """The grades of a task, one for each request."""
@@ -106,7 +113,11 @@ class Results:
 
 
 def report(name: str, results: Results) -> str:
-    """The section of a study."""
+    """The section of a study.
+
+    Raises:
+      FileNotFoundError: a run that it compares has not been trained or looked at (`queries`: under any seed).
+    """
     one = study(name, budget=results.name)
     phases = {phase: run for run in one.runs for phase in _road(run.phase)}
     steps = ", ".join(_length(results.name, run.at(phase)) for phase, run in phases.items())
@@ -135,18 +146,21 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def _queries(one: Study, results: Results) -> str:
-    arms = dict.fromkeys(run.arm for run in one.runs)
-    kinds = list(results.scores(one.runs[0])["S-Edit"])
+    # A study that was stopped early compares the seeds that all arms have.
+    undone = {run.seed for run in one.runs if not results.graded(run)}
+    done = [run for run in one.runs if run.seed not in undone] or one.runs
+    arms = dict.fromkeys(run.arm for run in done)
+    kinds = list(results.scores(done[0])["S-Edit"])
     rows = []
     for arm in arms:
-        runs = [run for run in one.runs if run.arm == arm]
+        runs = [run for run in done if run.arm == arm]
         scores = [results.scores(run) for run in runs]
         edits = [_spread([s["S-Edit"][kind] for s in scores]) for kind in kinds]
         others = zip(*(_edit_row(run, results)[1:] for run in runs), strict=True)
         rows.append([NAMES[arm], *edits, *map(_spread, others)])
     shown = _sheet("queries", "S-Edit", [Run(arm, 0, "stage3") for arm in arms], results)
-    seeds = len(one.runs) // len(arms)
-    note = f"Mean and standard deviation over {seeds} seeds. {_FIELDS}"
+    seeds = sorted({run.seed for run in done})
+    note = f"Mean and standard deviation over seeds {', '.join(map(str, seeds))}. {_FIELDS}"
     heads = ["queries", *kinds, *_EDIT_HEADS[1:]]
     return f"{table(heads, rows)}\n\n{note}\n\n{shown}"
 

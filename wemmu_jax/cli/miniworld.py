@@ -108,5 +108,12 @@ def _report(args: argparse.Namespace) -> None:
     else:
         results = Results(args.out, args.budget, pictures)
         for name in STUDIES if args.section == "all" else (args.section,):
-            write(args.page, name, report(name, results))
+            try:
+                section = report(name, results)
+            except FileNotFoundError as error:
+                if args.section != "all":
+                    raise
+                print(f"{name}: not run to its end, its section stays as it is ({error.filename})")
+            else:
+                write(args.page, name, section)
     print(args.page)
