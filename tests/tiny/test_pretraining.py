@@ -18,6 +18,7 @@ from wemmu_jax.conversion.memory import flatten
 from wemmu_jax.conversion.weights import Weights
 from wemmu_jax.tiny import loop
 from wemmu_jax.tiny.backbones import load_backbone
+from wemmu_jax.tiny.card import describe
 from wemmu_jax.tiny.loop import Recipe, pretrain
 from wemmu_jax.training.optimizer import OptimizerConfig
 
@@ -89,6 +90,15 @@ def test_a_workdir_of_another_recipe_is_refused(tmp_path):
     pretrain(line(), tmp_path)
     with pytest.raises(ValueError, match=r"seed: 0 there, 1 here"):
         pretrain(line(seed=1), tmp_path)
+
+
+def test_a_card_names_the_code_that_a_training_began_with(tmp_path, monkeypatch):
+    recipe = line()
+    monkeypatch.setattr(loop, "code_version", lambda: "0.1.0 at began")
+    pretrain(recipe, tmp_path)
+    monkeypatch.setattr(loop, "code_version", lambda: "0.1.0 at ended")
+    pretrain(recipe, tmp_path)
+    assert describe(recipe, tmp_path, parameters=4, scores={})["version"] == "0.1.0 at began"
 
 
 def test_rows_that_the_devices_do_not_divide_are_refused(tmp_path):

@@ -4,14 +4,12 @@ import json
 import pathlib
 import platform
 import statistics
-import subprocess
 from collections.abc import Mapping, Sequence
 
 import jax
 
-import wemmu_jax
 from wemmu_jax.files import read_object, write_json
-from wemmu_jax.tiny.loop import Recipe
+from wemmu_jax.tiny.loop import RECIPE, Recipe
 from wemmu_jax.training.metrics import clock
 
 FILE = "training.json"
@@ -42,7 +40,7 @@ def describe(recipe: Recipe, workdir: pathlib.Path, *, parameters: int, scores: 
         "seconds_at_median_speed": round(samples / speed),
         "samples_per_second": round(speed, 1),
         "hardware": f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}, {_processor()}",
-        "version": _version(),
+        "version": read_object(workdir / RECIPE, keys=("code",))["code"],
         "scores": {name: round(value, 4) for name, value in scores.items()},
         "curve": {name: _curve(rows, f"held_out/{name}") for name in scores},
     }
@@ -84,14 +82,3 @@ def _processor() -> str:
         if names
         else platform.processor() or "processor unknown"
     )
-
-
-def _version() -> str:
-    """Of the package, and the commit where it runs from a checkout."""
-    folder = pathlib.Path(__file__).parent
-    command = ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"]
-    try:
-        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return wemmu_jax.__version__
-    return f"{wemmu_jax.__version__} at {commit}"

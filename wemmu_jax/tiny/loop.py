@@ -19,7 +19,7 @@ from wemmu_jax.rng import Stream, stream_key
 from wemmu_jax.sharding.mesh import make_mesh
 from wemmu_jax.sharding.rules import replicated
 from wemmu_jax.training.batch import on_devices
-from wemmu_jax.training.checkpoints import Checkpoints, differences, only_run
+from wemmu_jax.training.checkpoints import Checkpoints, code_version, differences, only_run
 from wemmu_jax.training.loop import StopOnSignal
 from wemmu_jax.training.metrics import Progress
 from wemmu_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -28,6 +28,7 @@ from wemmu_jax.training.state import TrainState
 Tree = Mapping[str, Any]
 EVERY_LINE, EVERY_CHECKPOINT, EVERY_EVALUATION = 50, 500, 1000
 THREADS, AHEAD = 2, 4
+RECIPE = "recipe.json"  # in the workdir: what it began with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,13 +171,15 @@ def _abstract(shapes: TrainState, mesh: Mesh) -> TrainState:
 
 
 def _claim(workdir: pathlib.Path, described: dict) -> None:
-    path = workdir / "recipe.json"
+    path = workdir / RECIPE
     if path.exists():
-        if other := differences(read_object(path), described):
+        begun = read_object(path)
+        begun.pop("code", None)  # a later commit may go on
+        if other := differences(begun, described):
             raise ValueError(f"{workdir} belongs to another recipe:\n  " + "\n  ".join(other))
         return
     workdir.mkdir(parents=True, exist_ok=True)
-    write_json(path, described)
+    write_json(path, described | {"code": code_version()})
 
 
 def _report(progress: Progress, step: int, scores: Mapping[str, float]) -> None:

@@ -9,12 +9,14 @@ import contextlib
 import fcntl
 import json
 import pathlib
+import subprocess
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import jax
 import ml_collections
 from orbax.checkpoint import v1 as ocp
 
+import wemmu_jax
 from wemmu_jax.errors import passes
 from wemmu_jax.files import read_object, write_json
 from wemmu_jax.training.state import TrainState
@@ -78,6 +80,22 @@ def only_run(workdir: pathlib.Path) -> Iterator[None]:
         except BlockingIOError:
             raise ValueError(f"{workdir}: another run is at work here") from None
         yield
+
+
+def code_version() -> str:
+    """Of the package, and of its checkout, where it is one, the commit: `0.1.0 at 1a2b3c4`, or `1a2b3c4-dirty`."""
+    file = pathlib.Path(__file__)
+    # An environment may lie in another project's checkout.
+    ours = ["git", "ls-files", "--error-unmatch", file.name]
+    commit = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        for command in (ours, commit):
+            done = subprocess.run(
+                command, cwd=file.parent, capture_output=True, text=True, check=True
+            )
+    except (OSError, subprocess.CalledProcessError):
+        return wemmu_jax.__version__
+    return f"{wemmu_jax.__version__} at {done.stdout.strip()}"
 
 
 def differences(theirs: Mapping, mine: Mapping) -> list[str]:

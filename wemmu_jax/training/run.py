@@ -24,7 +24,7 @@ from wemmu_jax.rng import Stream, stream_key
 from wemmu_jax.sharding.mesh import check_heads, check_rows, make_mesh
 from wemmu_jax.sharding.rules import parameter_shardings
 from wemmu_jax.training.batch import TrainBatch, on_devices, packer, train_batch
-from wemmu_jax.training.checkpoints import differences
+from wemmu_jax.training.checkpoints import code_version, differences
 from wemmu_jax.training.curriculum import Stage
 from wemmu_jax.training.optimizer import count_parameters, learns, split
 from wemmu_jax.training.origin import Origin
@@ -231,7 +231,7 @@ def _redrawn(params: Mapping, fresh: Mapping, stage: Stage) -> dict:
 
 
 def describe(run: Run) -> dict:
-    """What is printed before step 0: parameters of each part, mixture, buckets, batch, weights' origin."""
+    """What is printed before step 0: version, parameters of each part, mixture, buckets, batch, weights' origin."""
     parts = {}
     for name, tree in (("trainable", run.trainable), ("frozen", run.frozen)):
         for part, leaves in tree.items():
@@ -240,6 +240,7 @@ def describe(run: Run) -> dict:
     total = sum(weights.values())
     paper, steps = run.config.paper, run.stage.optimizer.steps
     return {
+        "code": code_version(),
         "weights": str(run.origin.folder),
         "bridge": "fresh, from the seed" if run.origin.bridge is None else "trained",
         "parameters": parts,
