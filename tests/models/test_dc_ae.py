@@ -177,17 +177,6 @@ def test_on_a_tpu_grouped_layers_fill_the_lanes(channels, lanes, monkeypatch):
     assert (f"tensor<{lanes}x{lanes}xf32>" in text) == (lanes == 128)
 
 
-@pytest.mark.parametrize("channels", [96, 256, 320])
-def test_on_a_tpu_heads_attend_side_by_side(channels, monkeypatch):
-    """In vectors of 128 channels, the last of them perhaps shorter."""
-    query, key, value = draw(*[(2, 70, channels)] * 3)
-    heads = jax.nn.relu(query), jax.nn.relu(key), value
-    expected = blocks.linear_attention(*heads, 32)
-    np.testing.assert_allclose(blocks.quadratic_attention(*heads, 32), expected, rtol=0, atol=2e-5)
-    monkeypatch.setattr(blocks, "current_platform", lambda: "tpu")
-    np.testing.assert_allclose(blocks.linear_attention(*heads, 32), expected, rtol=0, atol=2e-5)
-
-
 def draw(*shapes: tuple[int, ...]) -> list[jax.Array]:
     keys = jax.random.split(jax.random.key(0), len(shapes))
     return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]

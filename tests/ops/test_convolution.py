@@ -64,3 +64,10 @@ def test_on_a_cpu_the_shifts_read_what_was_computed_once(platform, monkeypatch):
     x, kernel = draw(1, 40, 32, 8), draw(3, 3, 1, 8)
     text = jax.jit(lambda x: depthwise_conv(nn.silu(x), kernel)).lower(x).as_text()
     assert ("optimization_barrier" in text) == (platform == "cpu")
+
+
+def test_on_a_tpu_the_gradient_is_in_memory_before_the_next_product(monkeypatch):
+    monkeypatch.setattr(convolution, "current_platform", lambda: "tpu")
+    x, kernel = draw(1, 40, 32, 8), draw(3, 3, 1, 8)
+    gradient = jax.grad(lambda x: jnp.sum(depthwise_conv(x, kernel) ** 2))
+    assert jax.jit(gradient).lower(x).as_text().count("optimization_barrier") == 1

@@ -1,9 +1,11 @@
-"""A stack of bfloat16 layers needs no float32 copy of all its weights on a CPU."""
+"""A stack of bfloat16 layers needs no float32 copy of all its weights on a CPU; gradients in a TPU's memory."""
 
 import jax
 import jax.numpy as jnp
+import pytest
 
-from wemmu_jax.ops.programs import jit_stack
+from wemmu_jax.ops import programs
+from wemmu_jax.ops.programs import gradient_in_memory, jit_stack
 
 LAYERS, WIDTH = 24, 256
 FLOAT32_COPY = LAYERS * WIDTH * WIDTH * 4
@@ -29,3 +31,12 @@ def test_the_numbers_are_those_of_plain_jit():
     weights = jax.random.normal(keys[0], (LAYERS, WIDTH, WIDTH), jnp.bfloat16) / 16
     x = jax.random.normal(keys[1], (8, WIDTH), jnp.bfloat16)
     assert (jit_stack(run_stack)(weights, x) == jax.jit(run_stack)(weights, x)).all()
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_a_gradient_in_memory_is_the_same(platform, monkeypatch):
+    monkeypatch.setattr(programs, "current_platform", lambda: platform)
+    gradient = jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(gradient_in_memory(x * x)))))
+    x = jnp.linspace(0.1, 2.0, 7)
+    assert jnp.allclose(gradient(x), 2 * x * jnp.cos(x * x), rtol=1e-6, atol=1e-6)
+    assert ("optimization_barrier" in gradient.lower(x).as_text()) == (platform == "tpu")

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from diffusers import SanaTransformer2DModel
 
+from tests.parity.cases_dc_ae import unnormalised
 from tests.parity.harness import (
     BLOCK,
     GRADIENT,
@@ -356,11 +357,8 @@ def _conv_transposed() -> float:
     return whole(pair, _edited(pair.params, kernel, lambda leaf: leaf.swapaxes(1, 2)))
 
 
-def _no_column_of_ones() -> float:
-    def pad_with_zeros(x: jax.Array, widths, constant_values) -> jax.Array:
-        return jax.lax.pad(x, jnp.float32(0), [(*width, 0) for width in widths])
-
-    with mock.patch.object(modeling.jnp, "pad", pad_with_zeros):
+def _unnormalised_attention() -> float:
+    with mock.patch.object(modeling, "linear_attention", unnormalised):
         return self_attention(small("1.5"))
 
 
@@ -382,7 +380,7 @@ def sabotage() -> list[Sabotage]:
             ("any bias dropped", MODEL, _any_bias_dropped),
             ("exact GELU in the caption projection", BLOCK, _exact_gelu),
             ("h and w swapped in the depthwise convolution", MODEL, _conv_transposed),
-            ("no column of ones in the linear attention", BLOCK, _no_column_of_ones),
+            ("linear attention unnormalised", BLOCK, _unnormalised_attention),
             ("modulation in another order", MODEL, _modulation_in_another_order),
             ("timestep / 1000", MODEL, lambda: whole(small("1.5"), timesteps=TIMESTEPS / 1000)),
             (

@@ -3,8 +3,9 @@
 Layers give names to what is dear to compute again (`jax.ad_checkpoint.checkpoint_name`):
 
     input             of the layer
-    q k v             of every attention, after norm and rotation
+    q k v             of every attention, after rotation; before a norm, whose gradient needs what it was given
     attended          what attention returns, and with the splash kernel the log of its softmax's sum
+    out               of attention's last layer
     gate up           of every MLP; Sana's convolution is `gate`, what goes into it `up`
 """
 
@@ -21,7 +22,7 @@ _KEEP_ALL = ("none", "unrolled")
 _SAVEABLE: dict[str, Callable[..., bool] | None] = {
     "full": None,
     "dots": _policies.dots_with_no_batch_dims_saveable,
-    "named": _policies.save_only_these_names("q", "k", "v", "attended", "gate", "up"),
+    "named": _policies.save_only_these_names("q", "k", "v", "attended", "out", "gate", "up"),
     "offload": _policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
         # 8 KB a token and layer of the expert. The products' results would be 53, and take longer on their way to the

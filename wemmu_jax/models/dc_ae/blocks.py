@@ -1,6 +1,6 @@
 """The blocks of DC-AE (arXiv 2410.10733).
 
-B batch, h w height and width, S = h*w places, C channels, N heads, H head width. Every block maps [B, h, w, C] to
+B batch, h w height and width, C channels, N heads, H head width. Every block maps [B, h, w, C] to
 [B, h, w, C] in `dtype`; `Down` and `Up` change h, w and C.
 """
 
@@ -13,12 +13,11 @@ import numpy as np
 
 from wemmu_jax.ops.axes import current_platform
 from wemmu_jax.ops.convolution import DepthwiseConv, depthwise_conv
+from wemmu_jax.ops.linear_attention import LANES, linear_attention, quadratic_attention
 from wemmu_jax.ops.norms import RMSNorm
 
 NORM_EPS = 1e-5  # the same in every published DC-AE; it is in no config
-_DIVISION_EPS = 1e-15
 _EXPANSION = 4  # of the gated convolution
-LANES = 128  # of a TPU's vectors
 
 
 def average_groups(x: jax.Array, channels: int) -> jax.Array:
@@ -57,68 +56,6 @@ def mean_of_squares(x: jax.Array, channels: int) -> jax.Array:
     kernel = jnp.asarray(kernel.transpose(1, 2, 0, 3) * (channels / (4 * inputs)), x.dtype)
     dims = ("NHWC", "HWIO", "NHWC")
     return jax.lax.conv_general_dilated(x, kernel, (2, 2), "VALID", dimension_numbers=dims)
-
-
-def linear_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, head_dim: int
-) -> jax.Array:
-    """Attention with weights q.k / sum(q.k), in time linear in S: keys and values are summed up first.
-
-    Args:
-      query, key: [B, S, C], not negative; the N heads side by side.
-      value: [B, S, C].
-      head_dim: H.
-
-    Returns:
-      float32[B, S, C].
-    """
-    if current_platform() == "tpu" and LANES % head_dim == 0:
-        cuts = np.arange(LANES, query.shape[-1], LANES)
-        cut = (jnp.split(x, cuts, axis=-1) for x in (query, key, value))
-        mixed = [_linear_attention_in_lanes(*run, head_dim) for run in zip(*cut, strict=True)]
-        return jnp.concatenate(mixed, axis=-1)
-    query, key, value = (_heads_first(x, head_dim) for x in (query, key, value))
-    memory = jnp.einsum("bnsk,bnsv->bnkv", key, value, precision="highest")
-    mixed = jnp.einsum("bnsk,bnkv->bnsv", query, memory, precision="highest")
-    total = jnp.einsum("bnsk,bnk->bns", query, key.sum(axis=2), precision="highest")
-    return _heads_last(mixed / (total[..., None] + _DIVISION_EPS))
-
-
-def _linear_attention_in_lanes(
-    query: jax.Array, key: jax.Array, value: jax.Array, head_dim: int
-) -> jax.Array:
-    """The same for so few heads that a TPU's vectors hold them side by side: to multiply what one head says of another
-    by zero takes less time than to bring each to a place of its own."""
-    count = query.shape[-1] // head_dim
-    same = np.kron(np.eye(count), np.ones((head_dim, head_dim))).astype(np.float32)
-    exact = {"precision": "highest", "preferred_element_type": jnp.float32}
-    memory = same * jnp.einsum("bsk,bsv->bkv", key, value, **exact)
-    keys = same * jnp.sum(key, axis=1, dtype=jnp.float32)[..., None]
-    query = query.astype(jnp.float32)
-    both = jnp.einsum("bsk,bkv->bsv", query, jnp.concatenate([memory, keys], axis=-1), **exact)
-    mixed, total = jnp.split(both, 2, axis=-1)
-    return mixed / (total + _DIVISION_EPS)
-
-
-def quadratic_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, head_dim: int
-) -> jax.Array:
-    """The same weights as `linear_attention`, formed one by one: cheaper where S <= H."""
-    query, key, value = (_heads_first(x, head_dim) for x in (query, key, value))
-    scores = jnp.einsum("bnth,bnsh->bnts", query, key, precision="highest")
-    weights = scores / (scores.sum(axis=-1, keepdims=True) + _DIVISION_EPS)
-    return _heads_last(jnp.einsum("bnts,bnsh->bnth", weights, value, precision="highest"))
-
-
-def _heads_first(x: jax.Array, head_dim: int) -> jax.Array:
-    """[B, S, N * H] -> float32[B, N, S, H], as products want them: XLA on a CPU would bring them there for each."""
-    return x.astype(jnp.float32).reshape(*x.shape[:2], -1, head_dim).swapaxes(1, 2)
-
-
-def _heads_last(x: jax.Array) -> jax.Array:
-    """[B, N, S, H] -> [B, S, N * H]."""
-    x = x.swapaxes(1, 2)
-    return x.reshape(*x.shape[:2], -1)
 
 
 def conv3x3(

@@ -20,6 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from wemmu_jax.models.qwen2_5_vl.config import TextConfig
 from wemmu_jax.ops.attention import Mask, attention
 from wemmu_jax.ops.norms import RMSNorm
+from wemmu_jax.ops.programs import gradient_in_memory
 from wemmu_jax.ops.remat import remat, unroll
 from wemmu_jax.ops.rotary import multimodal_angles, rotate
 
@@ -75,7 +76,7 @@ class Attention(nn.Module):
         self.sow("attention", "key", seen.key)
         mixed = self._attend(query, seen, mask)
         out = nn.Dense(config.hidden_size, use_bias=False, dtype=self.dtype, name="o_proj")
-        return out(mixed.reshape(*x.shape[:-1], -1)), own
+        return checkpoint_name(out(mixed.reshape(*x.shape[:-1], -1)), "out"), own
 
     def _heads(self, name: str, count: int, x: jax.Array) -> jax.Array:
         width = self.config.head_dim
@@ -105,6 +106,7 @@ class GatedMLP(nn.Module):
         dense = functools.partial(nn.Dense, use_bias=False, dtype=self.dtype)
         gate = checkpoint_name(dense(self.config.intermediate_size, name="gate_proj")(x), "gate")
         up = checkpoint_name(dense(self.config.intermediate_size, name="up_proj")(x), "up")
+        gate, up = gradient_in_memory(gate), gradient_in_memory(up)
         return dense(self.config.hidden_size, name="down_proj")(nn.silu(gate) * up)
 
 

@@ -23,6 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from wemmu_jax.models.sana.config import SanaConfig
 from wemmu_jax.ops.attention import Mask, attention
 from wemmu_jax.ops.convolution import DepthwiseConv
+from wemmu_jax.ops.linear_attention import linear_attention
 from wemmu_jax.ops.norms import RMSNorm, layer_norm
 from wemmu_jax.ops.remat import remat, unroll
 
@@ -30,7 +31,6 @@ TIME_CHANNELS = 256
 QK_NORM_EPS = 1e-5
 CAPTION_NORM_EPS = 1e-5
 OUTPUT_NORM_EPS = 1e-6
-LINEAR_ATTENTION_EPS = 1e-15
 
 
 def sinusoid(timestep: jax.Array, *, channels: int, period: float = 10000.0) -> jax.Array:
@@ -100,18 +100,18 @@ def _project(
     config: SanaConfig, name: str, width: int, x: jax.Array, *, use_bias: bool, dtype: jnp.dtype
 ) -> jax.Array:
     """The linear layer `{name}_proj` and, for queries and keys of Sana 1.5, the norm `{name}_norm` over all heads."""
-    x = nn.Dense(width, use_bias=use_bias, dtype=dtype, name=f"{name}_proj")(x)
+    x = checkpoint_name(
+        nn.Dense(width, use_bias=use_bias, dtype=dtype, name=f"{name}_proj")(x), name
+    )
     if config.qk_norm and name != "v":
         x = RMSNorm(eps=QK_NORM_EPS, dtype=dtype, name=f"{name}_norm")(x)
-    return checkpoint_name(x, name)
+    return x
 
 
 class LinearAttention(nn.Module):
     """ReLU linear self-attention (Sana, section 2.2; diffusers' `SanaLinearAttnProcessor2_0`).
 
-    softmax(q k^T) v becomes relu(q) (relu(k)^T v) / (relu(q) relu(k)^T 1): linear in the number of tokens. A
-    column of ones beside the values gives numerator and denominator in one product. Projections run in
-    `dtype`, the products between them in float32: they are sums over all tokens.
+    softmax(q k^T) v becomes relu(q) (relu(k)^T v) / (relu(q) relu(k)^T 1). Projections run in `dtype`.
     """
 
     config: SanaConfig
@@ -121,19 +121,17 @@ class LinearAttention(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [B, h, w, D] -> [B, h, w, D] in `dtype`."""
         config = self.config
-        heads = (x.shape[0], -1, config.num_attention_heads, config.attention_head_dim)
         query, key, value = (
-            _project(config, name, config.width, x, use_bias=False, dtype=self.dtype)
-            .reshape(heads)
-            .astype(jnp.float32)
+            _project(config, name, config.width, x, use_bias=False, dtype=self.dtype).reshape(
+                x.shape[0], -1, config.width
+            )
             for name in "qkv"
         )
-        value = jnp.pad(value, ((0, 0), (0, 0), (0, 0), (0, 1)), constant_values=1)
-        summary = jnp.einsum("btnh,btnv->bnhv", nn.relu(key), value, precision="highest")
-        mixed = jnp.einsum("btnh,bnhv->btnv", nn.relu(query), summary, precision="highest")
-        mixed = mixed[..., :-1] / (mixed[..., -1:] + LINEAR_ATTENTION_EPS)
+        width = config.attention_head_dim
+        mixed = linear_attention(nn.relu(query), nn.relu(key), value, width)
         mixed = checkpoint_name(mixed.astype(self.dtype), "attended")
-        return nn.Dense(config.width, dtype=self.dtype, name="o_proj")(mixed.reshape(x.shape))
+        out = nn.Dense(config.width, dtype=self.dtype, name="o_proj")
+        return checkpoint_name(out(mixed.reshape(x.shape)), "out")
 
 
 class CrossAttention(nn.Module):
@@ -154,7 +152,8 @@ class CrossAttention(nn.Module):
             for name, source in (("q", x), ("k", condition), ("v", condition))
         )
         mixed = attention(query, key, value, mask=mask).reshape(*x.shape[:-1], config.cross_width)
-        return nn.Dense(config.width, dtype=self.dtype, name="o_proj")(mixed)
+        out = nn.Dense(config.width, dtype=self.dtype, name="o_proj")
+        return checkpoint_name(out(mixed), "out")
 
 
 class MixFFN(nn.Module):
