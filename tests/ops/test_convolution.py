@@ -1,5 +1,7 @@
 """The depthwise convolution against XLA's grouped one."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import pytest
 from tests.parity.harness import relative_l2
 from wemmu_jax.ops import convolution
 from wemmu_jax.ops.convolution import DepthwiseConv, depthwise_conv
+from wemmu_jax.sharding.mesh import make_mesh
 
 
 def draw(*shape: int) -> jax.Array:
@@ -58,7 +61,7 @@ def test_a_kernel_that_does_not_fit(shape):
         depthwise_conv(jnp.zeros((1, 6, 6, 4)), jnp.zeros(shape))
 
 
-@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
 def test_on_a_cpu_the_shifts_read_what_was_computed_once(platform, monkeypatch):
     monkeypatch.setattr(convolution, "current_platform", lambda: platform)
     x, kernel = draw(1, 40, 32, 8), draw(3, 3, 1, 8)
@@ -66,8 +69,69 @@ def test_on_a_cpu_the_shifts_read_what_was_computed_once(platform, monkeypatch):
     assert ("optimization_barrier" in text) == (platform == "cpu")
 
 
-def test_on_a_tpu_the_gradient_is_in_memory_before_the_next_product(monkeypatch):
+def value_and_gradients(convolve, x, kernel, bias):
+    weight = jnp.sin(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape)
+
+    def loss(x, kernel, bias):
+        out = convolve(x, kernel, bias)
+        return jnp.sum(weight * out), out
+
+    (_, out), gradients = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(x, kernel, bias)
+    return out, *gradients
+
+
+def by_kernel(x, kernel, bias):
+    return convolution._by_kernel(x, kernel[:, :, 0], bias, True)
+
+
+SHAPES = ((2, 6, 9, 40), (3, 5, 7, 130), (1, 2, 15, 1100), (2, 1, 3, 128), (1, 16, 8, 256))
+
+
+@pytest.mark.parametrize("size", [1, 3, 5])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_kernel_for_tpus_gives_the_same(shape, size):
+    """Pictures with fewer rows and columns than the filter, widths that fill no vector, several blocks of channels."""
+    inputs = draw(*shape), draw(size, size, 1, shape[-1]), draw(shape[-1])
+    found = value_and_gradients(by_kernel, *inputs)
+    for one, wanted in zip(found, value_and_gradients(depthwise_conv, *inputs), strict=True):
+        assert relative_l2(one, wanted) <= 1e-6
+
+
+def test_the_kernel_rounds_bfloat16_once():
+    x, kernel = draw(1, 5, 7, 3).astype(jnp.bfloat16), draw(3, 3, 1, 3).astype(jnp.bfloat16)
+    bias = draw(3).astype(jnp.bfloat16)
+    found = by_kernel(x, kernel, bias)
+    exact = depthwise_conv(*(one.astype(jnp.float32) for one in (x, kernel, bias)))
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(found, exact.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("rows", [8, 3])
+def test_each_device_convolves_its_own_rows(rows):
+    """Rows that the mesh does not divide are convolved by all."""
+    inputs = draw(rows, 6, 9, 40), draw(3, 3, 1, 40), draw(40)
+    wanted = value_and_gradients(depthwise_conv, *inputs)
+    with jax.set_mesh(make_mesh(data=2, fsdp=4, sequence=1, tensor=1)):
+        found = jax.jit(functools.partial(value_and_gradients, by_kernel))(*inputs)
+    for one, expected in zip(found, wanted, strict=True):
+        assert relative_l2(one, expected) <= 1e-6
+
+
+def lowered_for_a_tpu(mesh, *shape: int) -> str:
+    x, kernel = (jax.ShapeDtypeStruct(one, jnp.bfloat16) for one in (shape, (3, 3, 1, shape[-1])))
+    gradient = jax.grad(lambda x, kernel: jnp.sum(depthwise_conv(x, kernel).astype(jnp.float32)))
+    with jax.set_mesh(mesh):
+        return jax.jit(gradient).trace(x, kernel).lower(lowering_platforms=("tpu",)).as_text()
+
+
+def test_a_tpu_takes_the_kernel_for_whole_pictures_that_fit(monkeypatch):
     monkeypatch.setattr(convolution, "current_platform", lambda: "tpu")
-    x, kernel = draw(1, 40, 32, 8), draw(3, 3, 1, 8)
-    gradient = jax.grad(lambda x: jnp.sum(depthwise_conv(x, kernel) ** 2))
-    assert jax.jit(gradient).lower(x).as_text().count("optimization_barrier") == 1
+    whole = make_mesh(data=2, fsdp=4, sequence=1, tensor=1)
+    assert lowered_for_a_tpu(whole, 8, 12, 21, 11200).count("tpu_custom_call") >= 1
+    for mesh, shape in (
+        (make_mesh(data=1, fsdp=2, sequence=2, tensor=2), (8, 12, 21, 11200)),
+        (whole, (8, 256, 256, 128)),
+    ):
+        text = lowered_for_a_tpu(mesh, *shape)
+        # Then the gradient is in memory before the next product.
+        assert "tpu_custom_call" not in text and text.count("optimization_barrier") == 1

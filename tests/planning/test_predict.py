@@ -6,6 +6,7 @@ import pytest
 
 from tests.planning.samples import LAYER_FLOPS, ROWS, V5P, WIDTH, predictor, program, torus
 from wemmu_jax.planning.collectives import Collective
+from wemmu_jax.planning.hlo import Shape
 from wemmu_jax.planning.kernels import kernel_flops
 from wemmu_jax.planning.predict import CAP, KERNEL_SPEED, Times, phase
 from wemmu_jax.planning.program import Operation, Region, Work
@@ -85,6 +86,18 @@ def test_flops_of_attention_kernels_come_from_their_operands():
     product = 2 * 4 * 512 * 512 * 128  # of 4 heads
     assert flops["splash_mha_fwd_residuals"] == 2 * product
     assert flops["splash_mha_dq_no_residuals"] == 3 * product
+
+
+@pytest.mark.parametrize(("size", "cycles"), [(3, 9), (5, 25)])
+def test_a_depthwise_kernel_takes_what_its_vectors_take(size, cycles):
+    """A matrix unit would be done in no time, and memory sooner."""
+    x, filters = Shape("bf16", (6, 16, 16, 11200)), Shape("f32", (size, size, 11200))
+    kernel = Operation("custom-call", "depthwise", "", Work.KERNEL, bytes=4 * x.size, flops=1)
+    kernel = dataclasses.replace(kernel, operands=(x, filters))
+    vectors = x.size / 1024
+    expected = pytest.approx(1.16 * cycles * vectors / V5P.clock)
+    assert predictor().seconds(kernel, capped=False) == expected
+    assert predictor().seconds(kernel, capped=True) > 3 * kernel.bytes / V5P.bandwidth
 
 
 def test_an_unknown_kernel_is_named_as_such():

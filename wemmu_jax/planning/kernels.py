@@ -1,4 +1,4 @@
-"""FLOPs of Pallas calls, of which XLA knows nothing."""
+"""FLOPs and vector work of Pallas calls, of which XLA knows nothing."""
 
 import re
 
@@ -27,3 +27,16 @@ def kernel_flops(kernel: Operation) -> int:
             if len(real) >= 2 and min(len(one.dims) for one in real[:2]) >= 2:
                 return 2 * products * real[0].size * real[1].dims[-2]
     return 0
+
+
+# Bundles of instructions for each vector of float32 sums and each place of a filter, counted in libtpu's schedule of
+# `ops.depthwise_kernel` for a v5p (3 x 3, 16 x 16 x 11200: 2680 for a block of 256 x 1024 sums).
+_BUNDLES, _VECTOR = 1.16, 8 * 128
+
+
+def kernel_cycles(kernel: Operation) -> float:
+    """Of a kernel whose work is in the chip's vectors and not in its matrix units; 0 for others."""
+    if not kernel.name.startswith("depthwise"):
+        return 0.0
+    x, filters = kernel.operands[:2]
+    return _BUNDLES * x.size / _VECTOR * filters.size / filters.dims[-1]

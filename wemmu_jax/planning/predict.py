@@ -5,7 +5,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 
-from wemmu_jax.planning.kernels import kernel_flops
+from wemmu_jax.planning.kernels import kernel_cycles, kernel_flops
 from wemmu_jax.planning.program import Operation, Region, Work
 from wemmu_jax.planning.torus import Torus
 
@@ -18,6 +18,7 @@ ASSUMPTIONS = (
     f"capped: what holds no product takes at most its bytes / {CAP:.0%} of memory bandwidth",
     f"operations without cycles take their bytes / {CAP:.0%} of memory bandwidth",
     f"a Pallas call takes the larger of FLOPs / {KERNEL_SPEED} peak and bytes / memory bandwidth; no block is skipped",
+    "a depthwise convolution's takes 1.16 cycles for 1024 products if that is more, as libtpu schedules them",
     "collectives: bytes over the links along which the group lies; no latency, no other traffic",
     "overlapped: a collective hides behind all that runs in the same pass of the same loop; exposed: behind nothing",
     "copies between memories run beside the core: the larger counts",
@@ -147,7 +148,7 @@ class Predictor:
                 return at_cap
             case Work.KERNEL:
                 compute = kernel_flops(one) / (KERNEL_SPEED * chip.peak)
-                return max(compute, one.bytes / chip.bandwidth)
+                return max(compute, kernel_cycles(one) / chip.clock, one.bytes / chip.bandwidth)
             case Work.COPY:
                 return one.bytes / (chip.host if one.to_host else chip.bandwidth)
             case Work.COLLECTIVE:
