@@ -169,7 +169,7 @@ class MixFFN(nn.Module):
         x = nn.Dense(2 * hidden, dtype=self.dtype, name="expand")(x)
         x = nn.silu(checkpoint_name(x, "up"))
         x = DepthwiseConv(kernel_size=3, use_bias=True, dtype=self.dtype, name="depthwise")(x)
-        x, gate = jnp.split(checkpoint_name(x, "gate"), 2, axis=-1)
+        x, gate = jnp.split(x, 2, axis=-1)
         x = x * nn.silu(gate)
         return nn.Dense(width, use_bias=False, dtype=self.dtype, name="contract")(x)
 
