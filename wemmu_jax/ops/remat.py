@@ -6,7 +6,7 @@ Layers give names to what is dear to compute again (`jax.ad_checkpoint.checkpoin
     q k v             of every attention, after rotation; before a norm, whose gradient needs what it was given
     attended          what attention returns, and with the splash kernel the log of its softmax's sum
     out               of attention's last layer
-    gate up           of every MLP; in Sana what goes into the convolution, which takes less time than to save its result
+    gate up           of every MLP; in Sana `up` alone, before the convolution, which is done again sooner than saved
 """
 
 from collections.abc import Callable
