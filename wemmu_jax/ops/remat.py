@@ -3,7 +3,7 @@
 Layers give names to what is dear to compute again (`jax.ad_checkpoint.checkpoint_name`):
 
     input             of the layer
-    q k v             of every attention, after rotation; before a norm, whose gradient needs what it was given
+    q k v             of every attention, after norm and rotation
     attended          what attention returns, and with the splash kernel the log of its softmax's sum
     out               of attention's last layer
     gate up           of every MLP; in Sana `up` alone, before the convolution, which is done again sooner than saved

@@ -100,12 +100,10 @@ def _project(
     config: SanaConfig, name: str, width: int, x: jax.Array, *, use_bias: bool, dtype: jnp.dtype
 ) -> jax.Array:
     """The linear layer `{name}_proj` and, for queries and keys of Sana 1.5, the norm `{name}_norm` over all heads."""
-    x = checkpoint_name(
-        nn.Dense(width, use_bias=use_bias, dtype=dtype, name=f"{name}_proj")(x), name
-    )
+    x = nn.Dense(width, use_bias=use_bias, dtype=dtype, name=f"{name}_proj")(x)
     if config.qk_norm and name != "v":
         x = RMSNorm(eps=QK_NORM_EPS, dtype=dtype, name=f"{name}_norm")(x)
-    return x
+    return checkpoint_name(x, name)
 
 
 class LinearAttention(nn.Module):
