@@ -17,10 +17,12 @@ from configs.tiny import shortened
 from wemmu_jax.training.curriculum import ALL_BUT_VLM_LEARN
 
 # Arm -> fields of the bridge. The paper's first three settings have no VAE branch (4.3.1).
-ARMS: dict[str, dict[str, str]] = {
+ARMS: dict[str, dict[str, Any]] = {
     "fixed": {"queries": "learnable_fixed", "connector": "none"},
     "dynamic": {"queries": "learnable_dynamic", "connector": "none"},
     "noisy": {"connector": "none"},
+    "noisy-0.3": {"connector": "none", "noise_scale": 0.3},
+    "noisy-0.1": {"connector": "none", "noise_scale": 0.1},
     "noisy-vae": {},
     "scaled-vae": {"queries": "noisy_scaled"},
     "noisy-vae-expert": {"vae_stream": "expert"},

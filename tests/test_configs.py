@@ -276,6 +276,7 @@ def test_a_nonsense_value_is_named_with_what_is_expected(key, value):
         ("every.log", "0"),
         ("keep_checkpoints", "1"),
         ("model.bridge.distillation", "0"),
+        ("model.bridge.noise_scale", "0"),
     ],
 )
 def test_a_value_at_the_edge_is_taken(key, value):
@@ -306,6 +307,7 @@ def test_a_bad_rule_of_what_learns(value, message):
         ],
         ("distillation", "-1.0"),
         ("distillation", "NaN"),
+        ("noise_scale", "-0.5"),
     ],
 )
 def test_a_bridge_that_makes_no_sense(key, value):

@@ -263,6 +263,16 @@ def test_scaled_noise_is_scaled_by_channel():
     np.testing.assert_array_equal(scaled, noise * scale)
 
 
+def test_noise_has_the_scale_that_is_asked_for():
+    noise = noise_of(model_of())
+    for kind in (QueryKind.NOISY, QueryKind.NOISY_SCALED):
+        queries = Queries(kind, 32, fixed_grid=4, max_grid=11, noise_scale=0.25)
+        variables = queries.init(jax.random.key(0), noise, grid=(6, 4))
+        np.testing.assert_array_equal(queries.apply(variables, noise, grid=(6, 4)), 0.25 * noise)
+    model = model_of(noise_scale=0.25)
+    np.testing.assert_array_equal(model.queries.apply({}, noise, grid=(6, 4)), 0.25 * noise)
+
+
 def test_dynamic_learnable_queries_are_the_centre_of_their_table():
     noise = noise_of(model_of())
     table = np.random.default_rng(0).standard_normal((11, 11, 32)).astype(np.float32)

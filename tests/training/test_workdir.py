@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from tests.training.conftest import last_state, write_converted
+from wemmu_jax.files import read_object, write_json
 from wemmu_jax.training.checkpoints import Checkpoints, only_run
 from wemmu_jax.training.loop import train
 from wemmu_jax.training.origin import Origin
@@ -124,6 +125,14 @@ def test_another_bridge_than_the_stage_before(stage1, config_of, tmp_path):
     config = config_of("stage2", stage1[1], **{"model.bridge.vae_stream": "expert"})
     text = refused(config, tmp_path / "run", ValueError, "was trained with another bridge")
     assert "vae_stream: 'frozen' there, 'expert' here" in text and text.count(" there, ") == 1
+
+
+def test_a_run_of_an_earlier_version_had_the_defaults_of_what_it_does_not_say(copy_of_stage1):
+    file = copy_of_stage1 / "run.json"
+    run = read_object(file)
+    del run["bridge"]["noise_scale"]
+    write_json(file, run)
+    assert Origin(copy_of_stage1).bridge == {**run["bridge"], "noise_scale": 1.0}
 
 
 @pytest.mark.parametrize(

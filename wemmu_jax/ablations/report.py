@@ -23,6 +23,8 @@ NAMES = {
     "fixed": "learnable, fixed",
     "dynamic": "learnable, dynamic",
     "noisy": "noisy",
+    "noisy-0.3": "noisy, 0.3",
+    "noisy-0.1": "noisy, 0.1",
     "noisy-vae": "noisy + VAE branch",
     "noisy-vae-expert": "noisy + VAE branch in the expert",
     "scaled-vae": "noisy with a learned scale + VAE branch",
@@ -283,6 +285,12 @@ def _vit(one: Study, results: Results) -> str:
     return f"{_edit_table(['ViT'], rows)}\n\n{shown}"
 
 
+def _scale(one: Study, results: Results) -> str:
+    rows = [[NAMES[run.arm], *_edit_row(run, results)] for run in one.runs]
+    shown = _curves("scale", one.runs, "train/loss", "training loss, stage 3", results)
+    return f"{_edit_table(['queries'], rows)}\n\n{shown}"
+
+
 def _stream(one: Study, results: Results) -> str:
     rows = [[NAMES[run.arm], *_edit_row(run, results)] for run in one.runs]
     (scaled,) = [run for run in one.runs if run.arm == "scaled-vae"]
@@ -323,6 +331,7 @@ def _losses(one: Study, results: Results) -> str:
 
 _REPORTS: dict[str, Callable[[Study, Results], str]] = {
     "queries": _queries,
+    "scale": _scale,
     "collapse": _collapse,
     "several": _several,
     "attention": _attention,

@@ -59,6 +59,12 @@ def _queries(seeds: int) -> Study:
     return Study("queries, stages 1 to 3 (Table 4)", runs, dict.fromkeys(runs, _EDITING))
 
 
+def _scale(_: int) -> Study:
+    runs = tuple(Run(arm, 0, "stage3") for arm in ("noisy", "noisy-0.3", "noisy-0.1", "dynamic"))
+    title = "the noise's scale: what noise costs a small model"
+    return Study(title, runs, dict.fromkeys(runs, _EDITING))
+
+
 def _collapse(_: int) -> Study:
     phases = [(arm, phase) for arm in COLLAPSE for phase in ("stage2", "edits", "joint2")]
     phases += [("dynamic", "edits-queries"), ("dynamic", "edits-new-queries")]
@@ -112,6 +118,7 @@ def _losses(_: int) -> Study:
 
 _STUDIES = {
     "queries": _queries,
+    "scale": _scale,
     "collapse": _collapse,
     "several": _several,
     "attention": _attention,

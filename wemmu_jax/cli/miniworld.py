@@ -9,6 +9,7 @@ from wemmu_jax.shipped import BACKBONES
 BACKBONE_NAMES = ("vlm", "dc-ae", "sana")
 STUDIES = (
     "queries",
+    "scale",
     "collapse",
     "several",
     "attention",

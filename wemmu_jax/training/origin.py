@@ -13,6 +13,7 @@ from wemmu_jax.conversion.memory import flatten, nest
 from wemmu_jax.conversion.safetensors_io import read_header, sha256_of
 from wemmu_jax.conversion.weights import Weights
 from wemmu_jax.files import read_object
+from wemmu_jax.models.wemmu.config import BridgeConfig
 from wemmu_jax.models.wemmu.modeling import WeMMUModel
 from wemmu_jax.training.checkpoints import Checkpoints, Sharding
 
@@ -91,7 +92,8 @@ class Origin:
     def bridge(self) -> dict | None:
         """The bridge config that was trained, None before any training."""
         if self.run is not None:
-            return self.run["bridge"]
+            # What a run of an earlier version does not say is as it was then: the default.
+            return BridgeConfig.from_dict(self.run["bridge"]).to_dict()
         if not self._converted_bridge.exists():
             return None
         return read_bridge_config(self._converted_bridge).to_dict()

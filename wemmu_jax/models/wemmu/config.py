@@ -56,6 +56,7 @@ class BridgeConfig:
 
     Attributes:
       queries: what the expert starts from.
+      noise_scale: standard deviation of noisy queries; the paper's is 1.
       connector: how VAE features become tokens.
       vae_stream: where these tokens run.
       pathway: what the Position MLP reads; `vit` shows what is lost between the ViT and the queries.
@@ -66,10 +67,11 @@ class BridgeConfig:
       distillation: weight of the cosine loss of `vit_6_distilled`.
 
     Raises:
-      ValueError: a size is not positive, or the weight is negative or not finite.
+      ValueError: a size is not positive, or the weight or the noise's scale is negative or not finite.
     """
 
     queries: QueryKind = QueryKind.NOISY
+    noise_scale: float = 1.0
     connector: Connector = Connector.LINEAR
     vae_stream: VAEStream = VAEStream.FROZEN
     pathway: Pathway = Pathway.EXPERT
@@ -86,11 +88,12 @@ class BridgeConfig:
                 raise ValueError(
                     f"bridge config: {name} must be a whole number above 0; found {value!r}"
                 )
-        weight = self.distillation
-        if type(weight) not in (int, float) or not 0 <= weight < math.inf:
-            raise ValueError(
-                f"bridge config: distillation must be a finite number of at least 0; found {weight!r}"
-            )
+        for name in ("distillation", "noise_scale"):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 <= value < math.inf:
+                raise ValueError(
+                    f"bridge config: {name} must be a finite number of at least 0; found {value!r}"
+                )
         if self.pathway is Pathway.VIT and (self.queries, self.connector) != (
             QueryKind.NOISY,
             Connector.NONE,

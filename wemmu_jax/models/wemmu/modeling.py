@@ -110,7 +110,9 @@ class WeMMUModel:
     def queries(self) -> Queries:
         """The expert's input."""
         bridge = self.config.bridge
-        return Queries(bridge.queries, self.width, bridge.fixed_grid, bridge.max_grid)
+        return Queries(
+            bridge.queries, self.width, bridge.fixed_grid, bridge.max_grid, bridge.noise_scale
+        )
 
     @functools.cached_property
     def position_mlp(self) -> PositionMLP:
