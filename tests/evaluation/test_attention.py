@@ -27,7 +27,9 @@ def measured(change=None, **bridge):
         change(params["expert"]["layers"]["attention"])
     prompt, sources = pack(encoder, request(config), text_length=100)
     tokens = encoder.shapes.tokens
-    return attention_of(model, params, prompt, sources, grid=GRID, query_tokens=tokens, seed=0)
+    end = encoder.prompts.turn_end_id
+    asked = {"grid": GRID, "query_tokens": tokens, "turn_end": end, "seed": 0}
+    return attention_of(model, params, prompt, sources, **asked)
 
 
 def look_nowhere(attention):
@@ -45,7 +47,7 @@ def test_equal_attention_is_shared_by_the_number_of_tokens(stream):
     assert found.log_ratio == pytest.approx(0, abs=1e-6)
     assert found.logit_difference == pytest.approx(0, abs=1e-6)
     assert found.mass_difference == pytest.approx(
-        2 * found.mass["vit"] - found.mass["text"], rel=1e-6
+        2 * found.mass["vit"] - found.mass["text"] - found.mass["template"], rel=1e-6
     )
     assert found.mass["vit"] == pytest.approx(found.mass["vae"], rel=1e-6)
 
@@ -55,6 +57,17 @@ def test_attention_adds_up_to_one_and_no_group_is_empty():
     assert sum(found.mass.values()) == pytest.approx(1, abs=1e-6)
     assert set(found.mass) == set(GROUPS) and min(found.mass.values()) > 0
     assert found.map.shape == (GRID[0] * GRID[1], len(found.groups))
+
+
+def test_the_users_turn_ends_where_the_template_goes_on():
+    config = small_config()
+    encoder = row_encoder(config)
+    prompt, _ = pack(encoder, request(config), text_length=100)
+    tokens = [int(token) for token in np.asarray(prompt.tokens)[0]]
+    end = max(i for i, token in enumerate(tokens) if token == encoder.prompts.turn_end_id)
+    groups = measured().groups
+    assert groups[end] == "template" and groups[end - 1] == "text"
+    assert set(groups[end:]) == {"template"} and "template" not in groups[:end]
 
 
 def test_without_a_vae_branch_nothing_goes_there():

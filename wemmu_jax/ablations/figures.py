@@ -14,7 +14,8 @@ from PIL import Image
 
 from wemmu_jax.evaluation.attention import GROUPS
 
-_LINES = {"vae": "tab:blue", "text": "tab:red"}  # the paper's colours of what begins there
+# What begins there; the first two are the paper's colours.
+_LINES = {"vae": "tab:blue", "text": "tab:red", "template": "tab:green"}
 
 
 def curves(

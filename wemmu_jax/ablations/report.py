@@ -16,6 +16,7 @@ from configs.ablations import BUDGETS, PHASES, get_config
 from wemmu_jax.ablations import figures
 from wemmu_jax.ablations.studies import SETTINGS, Run, Study, study
 from wemmu_jax.ablations.work import REQUESTS_SEED
+from wemmu_jax.evaluation.attention import GROUPS
 from wemmu_jax.evaluation.miniworld import DRAWING_TASKS, cases, show
 from wemmu_jax.training.origin import Origin
 
@@ -225,7 +226,7 @@ def _attention(one: Study, results: Results) -> str:
     paper = dict(zip(SETTINGS, (1.80, 1.01, -0.99, -0.68), strict=True))
     for run in one.attention:
         fields = json.loads((results.out / f"attention/{run}.json").read_text())
-        mass = [fields["mass"][group] for group in ("vit", "vae", "text", "rest", "queries")]
+        mass = [fields["mass"][group] for group in GROUPS]
         forms = [fields[f] for f in ("log_ratio", "logit_difference", "mass_difference")]
         rows.append(
             [NAMES[run.arm], f"{paper[run.arm]:+.2f}", *(f"{f:+.3f}" for f in forms), *mass]
@@ -235,11 +236,12 @@ def _attention(one: Study, results: Results) -> str:
     path, shown = results.figure("attention")
     figures.maps(path, found)
     heads = ["queries", "the paper", "log ratio", "logits", "mass"]
-    heads += ["to ViT", "to VAE", "to text", "to the rest", "to queries"]
+    heads += [f"to {group}" for group in GROUPS]
     note = (
-        f"Request: {fields['text']!r}. Blue: where VAE tokens begin; red: where the text behind the picture begins. "
-        "Log ratio of the mean attention a picture token gets over a text token's; difference of mean logits; "
-        "difference of total attention."
+        f"Request: {fields['text']!r}. Blue: where VAE tokens begin; red: the text behind the picture; green: the chat "
+        "template behind the text. "
+        "Log ratio of the mean attention a picture token gets over that of a token behind the picture, text or chat "
+        "template; difference of mean logits; difference of total attention. The rest stands before the picture."
     )
     return f"{table(heads, rows)}\n\n{shown}\n\n{note}"
 

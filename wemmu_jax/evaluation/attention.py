@@ -21,7 +21,7 @@ from wemmu_jax.models.wemmu.batch import PromptBatch, Sources
 from wemmu_jax.models.wemmu.modeling import WeMMUModel
 from wemmu_jax.models.wemmu.queries import draw_noise
 
-GROUPS = ("vit", "vae", "text", "rest", "queries")
+GROUPS = ("vit", "vae", "text", "template", "rest", "queries")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +30,12 @@ class Attention:
 
     Attributes:
       mass: share of the attention that each of `GROUPS` gets; the sum is 1. "text" are the prompt's tokens after its
-        last picture token: the instruction and what the chat template puts behind it; "rest" are those before.
-      log_ratio: log of the mean attention a picture token (ViT or VAE) gets over that which a text token gets.
-      logit_difference: mean logit of picture tokens less that of text tokens.
-      mass_difference: total attention to picture tokens less that to text tokens.
+        last picture token to the end of the user's turn, the instruction; "template" is what the chat template puts
+        behind it, where a causal model has read all; "rest" stands before the last picture.
+      log_ratio: log of the mean attention a picture token (ViT or VAE) gets over that which a token behind the pictures
+        gets, text or template.
+      logit_difference: mean logit of picture tokens less that of tokens behind them.
+      mass_difference: total attention to picture tokens less that to tokens behind them.
       map: float32[Q, S'] of the first request, attention from each query to each prompt and VAE token that is not
         padding, mean over layers and heads.
       groups: of the S' columns of `map`.
@@ -55,7 +57,14 @@ def measure_attention(model: WeMMU, requests: Sequence[DrawingRequest], *, seed:
     prompt, sources = model.with_latents(inputs)
     grid, tokens = model.model.config.query_grid(side, side), rows.shapes.tokens
     return attention_of(
-        model.model, model.params, prompt, sources, grid=grid, query_tokens=tokens, seed=seed
+        model.model,
+        model.params,
+        prompt,
+        sources,
+        grid=grid,
+        query_tokens=tokens,
+        turn_end=model.requests.rows.prompts.turn_end_id,
+        seed=seed,
     )
 
 
@@ -67,12 +76,16 @@ def attention_of(
     *,
     grid: tuple[int, int],
     query_tokens: int,
+    turn_end: int,
     seed: int,
 ) -> Attention:
-    """The same for what `WeMMUModel.read` and `write` are given; `seed` is that of the noise."""
+    """The same for what `WeMMUModel.read` and `write` are given.
+
+    `turn_end` is the token that ends a turn of a conversation, `seed` that of the noise.
+    """
     logits, valid = _logits(model, grid, query_tokens)(params, prompt, sources, seed)
     own = valid.shape[1] - prompt.tokens.shape[1]
-    groups = _groups(prompt, sources, own=own, query_tokens=query_tokens)
+    groups = _groups(prompt, sources, own=own, query_tokens=query_tokens, turn_end=turn_end)
     return _summary(np.asarray(logits), np.asarray(valid), groups)
 
 
@@ -103,12 +116,17 @@ def _logits(model: WeMMUModel, grid: tuple[int, int], query_tokens: int):
     return jax.jit(logits)
 
 
-def _groups(prompt: PromptBatch, sources: Sources, *, own: int, query_tokens: int) -> np.ndarray:
+def _groups(
+    prompt: PromptBatch, sources: Sources, *, own: int, query_tokens: int, turn_end: int
+) -> np.ndarray:
     """int[B, S], the number of each key's group in `GROUPS`."""
     index = np.asarray(prompt.feature_index)
     places = np.arange(index.shape[1])
     last = np.max(np.where(index >= 0, places, -1), axis=1, keepdims=True)
+    ends = np.asarray(prompt.tokens) == turn_end
+    end = np.max(np.where(ends, places, -1), axis=1, keepdims=True)
     groups = np.where(places > last, GROUPS.index("text"), GROUPS.index("rest"))
+    groups = np.where(places >= end, GROUPS.index("template"), groups)
     vit_tokens = sources.place.shape[1]
     groups = np.where(index >= 0, GROUPS.index("vit"), groups)
     groups = np.where(index >= vit_tokens, GROUPS.index("vae"), groups)
@@ -133,14 +151,15 @@ def _summary(logits: np.ndarray, valid: np.ndarray, groups: np.ndarray) -> Atten
     picture_tokens, picture_mass, picture_level = (
         of["vit"] + of["vae"] for of in (tokens, mass, level)
     )
-    each = picture_mass / picture_tokens, mass["text"] / tokens["text"]
-    levels = picture_level / picture_tokens, level["text"] / tokens["text"]
+    words, words_mass, words_level = (of["text"] + of["template"] for of in (tokens, mass, level))
+    each = picture_mass / picture_tokens, words_mass / words
+    levels = picture_level / picture_tokens, words_level / words
     columns = np.flatnonzero(valid[0] & (groups[0] != GROUPS.index("queries")))
     return Attention(
         mass={name: float(shares.mean()) for name, shares in mass.items()},
         log_ratio=float(np.mean(np.log(each[0]) - np.log(each[1]))),
         logit_difference=float(np.mean(levels[0] - levels[1])),
-        mass_difference=float(np.mean(picture_mass - mass["text"])),
+        mass_difference=float(np.mean(picture_mass - words_mass)),
         map=attention[:, 0].mean(axis=(0, 1))[:, columns],
         groups=tuple(GROUPS[number] for number in groups[0, columns]),
     )
