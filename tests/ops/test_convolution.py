@@ -127,11 +127,9 @@ def lowered_for_a_tpu(mesh, *shape: int) -> str:
 def test_a_tpu_takes_the_kernel_for_whole_pictures_that_fit(monkeypatch):
     monkeypatch.setattr(convolution, "current_platform", lambda: "tpu")
     whole = make_mesh(data=2, fsdp=4, sequence=1, tensor=1)
-    assert lowered_for_a_tpu(whole, 8, 12, 21, 11200).count("tpu_custom_call") >= 1
+    assert lowered_for_a_tpu(whole, 8, 12, 21, 11200).count("tpu_custom_call") == 1
     for mesh, shape in (
         (make_mesh(data=1, fsdp=2, sequence=2, tensor=2), (8, 12, 21, 11200)),
         (whole, (8, 256, 256, 128)),
     ):
-        text = lowered_for_a_tpu(mesh, *shape)
-        # Then the gradient is in memory before the next product.
-        assert "tpu_custom_call" not in text and text.count("optimization_barrier") == 1
+        assert "tpu_custom_call" not in lowered_for_a_tpu(mesh, *shape)

@@ -5,7 +5,6 @@ B batch, T own tokens, S keys, N heads, K key heads, H head width.
 
 import enum
 import logging
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from wemmu_jax.ops.axes import HEADS, ROWS, TOKENS, current_mesh, current_platform
+from wemmu_jax.ops.axes import HEADS, ROWS, TOKENS, current_mesh, current_platform, dividing
 from wemmu_jax.ops.splash import splash_attention
 from wemmu_jax.ops.xla_attention import xla_attention
 
@@ -201,14 +200,9 @@ def _splash(platform: str, *, shards: int):
 
 def _on_mesh(kernel, mesh, query, key, value, mask: Mask | None, behind: int) -> jax.Array:
     """`kernel` on each device's rows, queries and heads; an axis that the mesh does not divide is whole on all."""
-
-    def dividing(size: int, axes: str | tuple[str, ...]) -> str | tuple[str, ...] | None:
-        names = (axes,) if isinstance(axes, str) else axes
-        return axes if size % math.prod(mesh.shape[name] for name in names) == 0 else None
-
-    rows = dividing(query.shape[0], ROWS)
-    tokens = dividing(query.shape[1], TOKENS)
-    heads = dividing(key.shape[2], HEADS)
+    rows = dividing(mesh, query.shape[0], ROWS)
+    tokens = dividing(mesh, query.shape[1], TOKENS)
+    heads = dividing(mesh, key.shape[2], HEADS)
     own = PartitionSpec(rows, tokens, heads)
     all_keys = PartitionSpec(rows, None, heads)
     seen = None

@@ -1,6 +1,8 @@
 """Names of the device mesh's axes, and the mesh that a program is traced for. What lies along which axis is told in
 `sharding.rules`."""
 
+import math
+
 import jax
 from jax.sharding import AbstractMesh
 
@@ -14,6 +16,14 @@ def current_mesh() -> AbstractMesh | None:
     """The mesh of `sharding.rules.placed` or `jax.set_mesh`; None outside them, or if it has other axes."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh if set(mesh.axis_names) == set(AXES) else None
+
+
+def dividing(
+    mesh: AbstractMesh, size: int, axes: str | tuple[str, ...]
+) -> str | tuple[str, ...] | None:
+    """`axes`, if so many rows, tokens or heads can be dealt out along them; None if all devices have them whole."""
+    names = (axes,) if isinstance(axes, str) else axes
+    return axes if size % math.prod(mesh.shape[name] for name in names) == 0 else None
 
 
 def current_platform() -> str:

@@ -1,7 +1,6 @@
 """Depthwise convolution as shifted multiply-adds. B batch, h w height and width, C channels."""
 
 import functools
-import math
 from collections.abc import Iterator
 
 import flax.linen as nn
@@ -9,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from wemmu_jax.ops.axes import HEADS, ROWS, TOKENS, current_mesh, current_platform
+from wemmu_jax.ops.axes import HEADS, ROWS, TOKENS, current_mesh, current_platform, dividing
 from wemmu_jax.ops.depthwise_kernel import block_channels, depthwise
 
 
@@ -91,9 +90,6 @@ def _backward(saved: tuple[jax.Array, jax.Array], cotangent: jax.Array):
     # Of a result in the type of `x` it holds no more than that type does.
     narrow = cotangent.astype(x.dtype)
     to_x = _shifted_sum(narrow, kernel[::-1, ::-1]).astype(x.dtype)
-    if current_platform() == "tpu":
-        # In memory, or the product behind it computes it anew for each of its blocks: a seventh of the DiT's time.
-        to_x = jax.lax.optimization_barrier(to_x)
     return to_x, _to_kernel(x, kernel, narrow)
 
 
@@ -116,9 +112,7 @@ def _by_kernel(x: jax.Array, kernel: jax.Array, bias: jax.Array, interpret: bool
 
     if (mesh := current_mesh()) is None:
         return local(x, kernel, bias)
-    divided = x.shape[0] % math.prod(mesh.shape[name] for name in ROWS) == 0
-    rows = PartitionSpec(ROWS if divided else None)
-    whole = PartitionSpec()
+    rows, whole = PartitionSpec(dividing(mesh, x.shape[0], ROWS)), PartitionSpec()
     # Pallas calls do not say along which axes their results differ.
     spread = jax.shard_map(local, in_specs=(rows, whole, whole), out_specs=rows, check_vma=False)
     return spread(x, kernel, bias)

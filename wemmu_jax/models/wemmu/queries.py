@@ -41,14 +41,11 @@ class Queries(nn.Module):
     def __call__(self, noise: jax.Array, *, grid: tuple[int, int]) -> jax.Array:
         """noise float32[B, Q, D] -> queries float32[B, Q, D]; learnable kinds use only its batch size."""
         table = nn.initializers.normal(0.02)
+        noise = self.noise_scale * noise
         if self.kind is QueryKind.NOISY:
-            return self.noise_scale * noise
+            return noise
         if self.kind is QueryKind.NOISY_SCALED:
-            return (
-                self.noise_scale
-                * noise
-                * self.param("scale", nn.initializers.ones_init(), (self.width,))
-            )
+            return noise * self.param("scale", nn.initializers.ones_init(), (self.width,))
         if self.kind is QueryKind.LEARNABLE_FIXED:
             side = self.fixed_grid
             learned = self.param("table", table, (side, side, self.width))
