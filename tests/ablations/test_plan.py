@@ -57,6 +57,18 @@ def test_a_run_is_graded_in_all_that_any_study_asks():
     assert "M-Edit" in every["grade/noisy/seed0/stage4"].arguments["tasks"]
 
 
+def test_some_runs_of_a_study_and_what_they_need():
+    some = jobs(["queries"], budget="full", only="noisy/seed[12]/*", **PLACE)
+    trained = [job.name for job in some if job.name.startswith("train/")]
+    assert trained == [f"train/noisy/seed{s}/stage{n}" for s in (1, 2) for n in (1, 2, 3)]
+    assert [job.name for job in some if job.name.startswith("grade/")] == [
+        "grade/noisy/seed1/stage3",
+        "grade/noisy/seed2/stage3",
+    ]
+    with pytest.raises(ValueError, match=r"'seed9'.*noisy/seed0/stage3"):
+        jobs(["queries"], budget="full", only="seed9", **PLACE)
+
+
 def test_the_estimate_learns_from_what_is_done(tmp_path):
     todo, ledger = jobs(["queries"], budget="full", **PLACE), Ledger(tmp_path)
     before = estimate(todo, budget="full", ledger=ledger)

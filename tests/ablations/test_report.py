@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 
 from tests.evaluation.test_miniworld import Copier
-from wemmu_jax.ablations.report import Results, report
+from wemmu_jax.ablations.report import report
+from wemmu_jax.ablations.results import Results
 from wemmu_jax.ablations.studies import STUDIES, study
 from wemmu_jax.ablations.work import REQUESTS_SEED
 from wemmu_jax.cli.main import FAILED, main
@@ -30,6 +31,7 @@ def write_run(out, run, tasks) -> None:
         {"step": s, "train/loss": x, **{f"train/loss_{t}": x for t in TASKS}} for s, x in losses
     ]
     lines += [{"step": 3, **{f"validation/{task}": 2.5 for task in TASKS}}]
+    (folder / "run_description.json").write_text('{"code": "0.1.0 at 1a2b3c4"}')
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -85,6 +87,28 @@ def test_a_study_that_was_stopped_compares_the_seeds_that_all_arms_have(tmp_path
     section = report("queries", results)
     assert "over seeds 0, 1." in section
     assert [row["copied"] for row in rows_of(section)] == ["1.000 ± 0.000"] * 4
+
+
+def test_scores_are_kept_for_machines_that_ran_other_seeds(tmp_path):
+    one, pictures = study("queries", budget="full"), tmp_path / "docs/miniworld"
+    for seed in (0, 1):  # each on a machine of its own
+        for run in one.runs[4 * seed : 4 * seed + 4]:
+            write_run(tmp_path / f"machine{seed}/full", run, one.graded[run])
+    alone = report("queries", Results(tmp_path / "machine0", "full", pictures))
+    drawn = (pictures / "queries.png").read_bytes()
+    both = report("queries", Results(tmp_path / "machine1", "full", pictures))
+    assert "over seeds 0." in alone and "over seeds 0, 1." in both
+    assert [row["copied"] for row in rows_of(both)] == ["1.000 ± 0.000"] * 4
+    assert (pictures / "queries.png").read_bytes() == drawn
+    assert report("queries", Results(tmp_path / "nobody", "full", pictures)) == both
+
+    kept = json.loads((pictures / "scores.json").read_text())
+    run = kept["full"]["noisy/seed0/stage3"]
+    assert run["code"] == "0.1.0 at 1a2b3c4" and run["graded"] == 32
+    assert run["trained"].startswith("stage1 400 x 32, stage2 1200 x 32")
+    run["trained"] = "stage3 1 x 1"  # of a recipe of before
+    (pictures / "scores.json").write_text(json.dumps(kept))
+    assert "over seeds 1." in report("queries", Results(tmp_path / "nobody", "full", pictures))
 
 
 def test_all_sections_are_written_but_those_that_were_not_run(results, tmp_path, capsys):

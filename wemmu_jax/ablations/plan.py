@@ -1,5 +1,6 @@
 """The jobs that studies need, and how long they will take."""
 
+import fnmatch
 import pathlib
 from collections.abc import Iterable, Sequence
 
@@ -11,10 +12,30 @@ from wemmu_jax.evaluation.miniworld import DRAWING_TASKS
 
 
 def jobs(
-    names: Sequence[str], *, budget: str, out: pathlib.Path, backbones: pathlib.Path
+    names: Sequence[str],
+    *,
+    budget: str,
+    out: pathlib.Path,
+    backbones: pathlib.Path,
+    only: str = "*",
 ) -> list[Job]:
-    """Everything that the studies need, each job after those that it needs; what two of them need is there once."""
+    """Everything that the studies need, each job after those that it needs; what two of them need is there once.
+
+    Args:
+      names: of the studies.
+      budget: of `configs.ablations.BUDGETS`.
+      out: where runs, grades and logs go.
+      backbones: Hugging Face folders vlm/ and sana/.
+      only: which of the studies' runs, as a pattern of their names, ARM/seedN/PHASE.
+
+    Raises:
+      ValueError: no run has such a name.
+    """
     studies = [study(name, budget=budget) for name in names]
+    runs = {str(run): run for one in studies for run in one.runs}
+    wanted = {runs[name] for name in fnmatch.filter(runs, only)}
+    if not wanted:
+        raise ValueError(f"no run is named {only!r}; there are {', '.join(sorted(runs))}")
     common = {"out": str(out), "budget": budget}
     found: dict[str, Job] = {}
 
@@ -35,11 +56,13 @@ def jobs(
     tasks: dict[Run, list[str]] = {}
     for one in studies:
         for run, asked in one.graded.items():
-            wanted = tasks.setdefault(run, [])
-            wanted += [task for task in asked if task not in wanted]
+            known = tasks.setdefault(run, [])
+            known += [task for task in asked if task not in known]
     looked_at = {run for one in studies for run in one.attention}
     # Seed by seed, and looked at as soon as it is trained: stopped early, every study has its first seeds.
-    for run in sorted((run for one in studies for run in one.runs), key=lambda run: run.seed):
+    for run in sorted(runs.values(), key=lambda run: run.seed):
+        if run not in wanted:
+            continue
         need = trained(run)
         if run in tasks:
             add(f"grade/{run}", (need,), work.grade, run=str(run), tasks=tasks[run], **common)

@@ -10,10 +10,9 @@ import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from PIL import Image
 
-from configs.ablations import BUDGETS, PHASES, get_config
 from wemmu_jax.ablations import figures
+from wemmu_jax.ablations.results import Results, length, road
 from wemmu_jax.ablations.studies import SETTINGS, Run, Study, study
 from wemmu_jax.ablations.work import REQUESTS_SEED
 from wemmu_jax.evaluation.attention import GROUPS
@@ -69,52 +68,6 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join(f"| {' | '.join(map(cell, line))} |" for line in lines)
 
 
-class Results:
-    """What the jobs of a budget left in a folder."""
-
-    def __init__(self, out: pathlib.Path, budget: str, pictures: pathlib.Path):
-        """`pictures`: where figures go."""
-        self.out, self.budget, self.pictures = out / budget, BUDGETS[budget], pictures
-        self.name = budget
-
-    def graded(self, run: Run) -> bool:
-        """Whether there are scores of it."""
-        return self._scores(run).exists()
-
-    def scores(self, run: Run) -> dict[str, dict[str, float]]:
-        """task -> kind -> share."""
-        return json.loads(self._scores(run).read_text())
-
-    def _scores(self, run: Run) -> pathlib.Path:
-        return self.out / f"grades/{run}/scores.json"
-
-    def grades(self, run: Run, task: str) -> list[dict]:
-        """The grades of a task, one for each request."""
-        lines = (self.out / f"grades/{run}/grades.jsonl").read_text().splitlines()
-        return [row for row in map(json.loads, lines) if row["task"] == task]
-
-    def share(self, run: Run, task: str, field: str) -> float:
-        """Mean of a field of the grades."""
-        return float(np.mean([grade[field] for grade in self.grades(run, task)]))
-
-    def curve(self, run: Run, field: str) -> tuple[list[int], list[float]]:
-        """(steps, values) of a metric; a step that was run twice counts once."""
-        lines = (self.out / f"runs/{run}/metrics.jsonl").read_text().splitlines()
-        found = {row["step"]: row[field] for row in map(json.loads, lines) if field in row}
-        return sorted(found), [found[step] for step in sorted(found)]
-
-    def picture(self, run: Run, task: str, kind: str, number: int) -> Image.Image:
-        """What the run drew."""
-        return Image.open(
-            self.out / f"grades/{run}/{task}/{kind.replace(' ', '-')}-{number:04}.png"
-        )
-
-    def figure(self, name: str) -> tuple[pathlib.Path, str]:
-        """Where a figure is drawn, and the Markdown that shows it."""
-        path = self.pictures / f"{name}.png"
-        return path, f"![{name}]({path.parent.name}/{path.name})"
-
-
 def report(name: str, results: Results) -> str:
     """The section of a study.
 
@@ -122,25 +75,15 @@ def report(name: str, results: Results) -> str:
       FileNotFoundError: a run that it compares has not been trained or looked at (`queries`: under any seed).
     """
     one = study(name, budget=results.name)
-    phases = {phase: run for run in one.runs for phase in _road(run.phase)}
-    steps = ", ".join(_length(results.name, run.at(phase)) for phase, run in phases.items())
+    results.keep(one.graded)
+    phases = {phase: run for run in one.runs for phase in road(run.phase)}
+    steps = ", ".join(length(results.name, run.at(phase)) for phase, run in phases.items())
     said = (
         f"Budget `{results.name}`: optimizer steps x samples: {steps}; "
         f"{results.budget.graded} held-out requests of each kind. "
         f"Made by `wemmu miniworld ablate {name} --budget {results.name}` and `wemmu miniworld report`."
     )
     return f"{_REPORTS[name](one, results)}\n\n{said}"
-
-
-def _road(phase: str) -> list[str]:
-    """The phases that lead to one, and itself."""
-    start = PHASES[phase].start
-    return ([] if start is None else _road(start)) + [phase]
-
-
-def _length(budget: str, run: Run) -> str:
-    config = get_config(f"{budget}/{run}")
-    return f"{run.phase} {config.optimizer.steps} x {config.paper.batch}"
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -153,12 +96,12 @@ def _queries(one: Study, results: Results) -> str:
     undone = {run.seed for run in one.runs if not results.graded(run)}
     done = [run for run in one.runs if run.seed not in undone] or one.runs
     arms = dict.fromkeys(run.arm for run in done)
-    kinds = list(results.scores(done[0])["S-Edit"])
+    kinds = [*DRAWING_TASKS["S-Edit"].kinds, "overall"]
     rows = []
     for arm in arms:
         runs = [run for run in done if run.arm == arm]
-        scores = [results.scores(run) for run in runs]
-        edits = [_spread([s["S-Edit"][kind] for s in scores]) for kind in kinds]
+        scores = [results.means(run)["S-Edit"] for run in runs]
+        edits = [_spread([kinds_of[kind] for kinds_of in scores]) for kind in kinds]
         others = zip(*(_edit_row(run, results)[1:] for run in runs), strict=True)
         rows.append([NAMES[arm], *edits, *map(_spread, others)])
     shown = _sheet("queries", "S-Edit", [Run(arm, 0, "stage3") for arm in arms], results)
@@ -170,23 +113,24 @@ def _queries(one: Study, results: Results) -> str:
 
 def _sheet(name: str, task: str, runs: Sequence[Run], results: Results) -> str:
     """What each run drew of the first request of each kind, beside sources and target; the Markdown that shows it."""
-    path, shown = results.figure(name)
-    rows = []
-    for kind in DRAWING_TASKS[task].kinds:
-        (case,) = cases(task, kind, count=1, seed=REQUESTS_SEED)
-        drawn = [results.picture(run, task, kind, 0) for run in runs]
-        given = [show(scene, drawn[0].height) for scene in (*case.sources, case.target)]
-        rows.append((case.text, [*given, *drawn]))
-    sources = [f"source {number}" for number in range(1, len(case.sources) + 1)]
-    figures.sheet(path, [*sources, "wanted", *(f"{r.arm} {r.phase}" for r in runs)], rows)
-    return shown
+
+    def draw(path: pathlib.Path) -> None:
+        rows = []
+        for kind in DRAWING_TASKS[task].kinds:
+            (case,) = cases(task, kind, count=1, seed=REQUESTS_SEED)
+            drawn = [results.picture(run, task, kind, 0) for run in runs]
+            given = [show(scene, drawn[0].height) for scene in (*case.sources, case.target)]
+            rows.append((case.text, [*given, *drawn]))
+        sources = [f"source {number}" for number in range(1, len(case.sources) + 1)]
+        figures.sheet(path, [*sources, "wanted", *(f"{r.arm} {r.phase}" for r in runs)], rows)
+
+    return results.figure(name, draw)
 
 
 def _edit_row(run: Run, results: Results) -> list[float]:
-    fields = [results.share(run, "S-Edit", field) for field in ("correct", *_EDIT_FIELDS)]
-    scores = results.scores(run)
-    rec = results.share(run, "Rec", "facts")
-    return [*fields, scores["T2I"]["overall"], scores["Rec"]["overall"], rec]
+    means = results.means(run)
+    edits = [means["S-Edit"][field] for field in ("correct", *_EDIT_FIELDS)]
+    return [*edits, means["T2I"]["overall"], means["Rec"]["overall"], means["Rec"]["facts"]]
 
 
 def _edit_table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -211,7 +155,7 @@ def _collapse(one: Study, results: Results) -> str:
 def _several(one: Study, results: Results) -> str:
     rows = []
     for arm in dict.fromkeys(run.arm for run in one.runs):
-        before, after = (results.scores(Run(arm, 0, phase)) for phase in ("stage3", "stage4"))
+        before, after = (results.means(Run(arm, 0, phase)) for phase in ("stage3", "stage4"))
         pairs = [s[task]["overall"] for task in ("T2I", "S-Edit", "Rec") for s in (before, after)]
         rows.append([NAMES[arm], after["M-Edit"]["overall"], *pairs])
     heads = ["queries", "compositions after"]
@@ -233,8 +177,7 @@ def _attention(one: Study, results: Results) -> str:
         )
         maps = np.load(results.out / f"attention/{run}.npy")
         found[NAMES[run.arm]] = (maps, fields["groups"])
-    path, shown = results.figure("attention")
-    figures.maps(path, found)
+    shown = results.figure("attention", lambda path: figures.maps(path, found))
     heads = ["queries", "the paper", "log ratio", "logits", "mass"]
     heads += [f"to {group}" for group in GROUPS]
     note = (
@@ -247,13 +190,14 @@ def _attention(one: Study, results: Results) -> str:
 
 
 def _curves(name: str, runs: Sequence[Run], field: str, label: str, results: Results) -> str:
-    path, shown = results.figure(name)
-    lines = {}
-    for run in runs:
-        steps, values = results.curve(run, field)
-        lines[f"{run.arm} {run.phase}"] = (steps, figures.smoothed(values, window=_WINDOW))
-    figures.curves(path, lines, label=label)
-    return shown
+    def draw(path: pathlib.Path) -> None:
+        lines = {}
+        for run in runs:
+            steps, values = results.curve(run, field)
+            lines[f"{run.arm} {run.phase}"] = (steps, figures.smoothed(values, window=_WINDOW))
+        figures.curves(path, lines, label=label)
+
+    return results.figure(name, draw)
 
 
 def _last(run: Run, field: str, results: Results) -> float:
@@ -308,8 +252,8 @@ def _pathway(one: Study, results: Results) -> str:
     rows = [
         [
             NAMES[run.arm],
-            results.scores(run)["Rec"]["overall"],
-            f"{results.share(run, 'Rec', 'psnr'):.1f}",
+            results.means(run)["Rec"]["overall"],
+            f"{results.means(run)['Rec']['psnr']:.1f}",
             _last(run, "validation/Rec", results),
         ]
         for run in one.runs
@@ -322,7 +266,7 @@ def _losses(one: Study, results: Results) -> str:
     rows = [
         [
             run.phase,
-            results.scores(run)["T2I"]["overall"],
+            results.means(run)["T2I"]["overall"],
             *(_last(run, f"validation/{task}", results) for task in ("T2I", "Rec")),
         ]
         for run in one.runs

@@ -54,6 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ablate.add_argument(
         "--processes", type=whole(1), default=1, help="share the cores; 2 on a two-core CPU"
     )
+    text = "of the study's runs, ARM/seedN/PHASE, those of such names; '*/seed1/*' is a seed (default: %(default)s)"
+    ablate.add_argument("--only", metavar="PATTERN", default="*", help=text)
     ablate.set_defaults(act=_ablate)
 
     text = "writes what ablations found into the marked sections of a page"
@@ -87,7 +89,7 @@ def _ablate(args: argparse.Namespace) -> None:
 
     names = STUDIES if args.study == "all" else (args.study,)
     out = args.out / args.budget
-    todo = jobs(names, budget=args.budget, out=out, backbones=args.backbones)
+    todo = jobs(names, budget=args.budget, out=out, backbones=args.backbones, only=args.only)
     ledger = Ledger(out / "jobs")
     seconds = estimate(todo, budget=args.budget, ledger=ledger) / args.processes
     left = sum(ledger.seconds(job.name) is None for job in todo)
