@@ -129,6 +129,8 @@ def test_branches_are_those_of_the_model_and_others_are_an_error():
 class Fake:
     """A setting with programs that a CPU can compile."""
 
+    draft = False
+
     def lower(self, key: Key) -> jax.stages.Lowered:
         return jax.jit(lambda x: x @ x).lower(jnp.zeros((len(key.name), len(key.name))))
 
@@ -150,6 +152,24 @@ def test_what_was_compiled_once_is_never_compiled_again(tmp_path, monkeypatch):
         assert Library(tmp_path).compile(Fake(), keys)[keys[0]].text == "new"
 
 
+def test_a_draft_is_compiled_with_the_least_effort_and_kept_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(programs.importlib.metadata, "version", lambda name: "1")
+    draft, asked = dataclasses.replace(setting(), draft=True), []
+
+    class Lowered:
+        def as_text(self):
+            return "the same"
+
+        def compile(self, compiler_options):
+            asked.append(compiler_options)
+            return jax.jit(jnp.sin).lower(1.0).compile()
+
+    for one in (setting(), draft, setting()):
+        monkeypatch.setattr(Setting, "lower", lambda self, key: Lowered())
+        Library(tmp_path).compile(one, [Key("zero")])
+    assert asked == [None, {"exec_time_optimization_effort": -1.0}]
+
+
 def test_a_damaged_file_is_named(tmp_path):
     library = Library(tmp_path)
     library.put("a", Compiled("text", 1.0, {}))
@@ -161,13 +181,13 @@ def test_a_damaged_file_is_named(tmp_path):
 
 def test_the_compilers_complaint_is_kept():
     class TooLarge:
-        def compile(self):
+        def compile(self, compiler_options):
             raise jax.errors.JaxRuntimeError(
                 "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
                 "(400.00G) exceeds available HBM (95.74G).\nMore."
             )
 
-    found = compile_program(TooLarge())
+    found = compile_program(TooLarge(), draft=False)
     assert found.memory["temporaries"] == 400 * GIB and "95.74G" in found.too_large
 
 
@@ -290,8 +310,9 @@ def plan(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "wemmu_jax.planning.plan.read_program", lambda text, taken: program("loops")
     )
-    return lambda **changed: plan_stage(
-        setting("stage4", **{"mesh.fsdp": 8}, **changed), Library(tmp_path)
+    return lambda draft=False, **changed: plan_stage(
+        dataclasses.replace(setting("stage4", **{"mesh.fsdp": 8}, **changed), draft=draft),
+        Library(tmp_path),
     )
 
 
@@ -314,6 +335,11 @@ def test_cached_latents_save_what_encoding_takes(plan):
     assert any("data.features" in said for said in cached.assumptions)
     batches = [one.memory["two micro-batches"] for one in (plain, cached)]
     assert batches[1] < batches[0]
+
+
+def test_a_draft_says_so(plan):
+    found = [any("draft" in said for said in plan(draft=d).assumptions) for d in (True, False)]
+    assert found == [True, False]
 
 
 def test_a_step_is_its_micro_batches_and_what_runs_once(planned):

@@ -46,6 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="compile every bucket; by default one of each arity, and scale the others",
     )
     parser.add_argument(
+        "--draft",
+        action="store_true",
+        help="compile with the least effort: in a fifth of the time, what it needs is told well and its speed roughly",
+    )
+    parser.add_argument(
         "--search",
         action="store_true",
         help="look for the micro-batch, mesh and remat policy that predict fastest within memory",
@@ -105,6 +110,7 @@ def _planned(spec: str, args: argparse.Namespace, library):
         slices=args.slices,
         init=args.init,
         text_length=args.text_length,
+        draft=args.draft,
     )
     if args.search:
         setting, plan = search(setting, library, processes=args.processes)

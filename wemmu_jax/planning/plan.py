@@ -243,6 +243,10 @@ def _own_assumptions(setting: Setting, all_shapes: bool) -> list[str]:
     said = [f"texts are padded to {setting.text_length} tokens"]
     if not setting.config.data.sources:
         said.append("no data.sources: every bucket alike; M-Edit has two sources, S-Edit one")
+    if setting.draft:
+        said.append(
+            "a draft: compiled with the least effort, so that memory and times are another program's"
+        )
     if not all_shapes:
         said.append("buckets marked * are scaled from the compiled one by the model's FLOPs")
     if setting.run.cached:

@@ -53,6 +53,7 @@ class Setting:
       sizes: of the model, its bridge that of the config.
       topology, slices: as `topology_devices` takes them.
       text_length: of the prompts' texts, padded.
+      draft: compiled with the least effort, in a fifth of the time. What that changes is in docs/plan.md.
     """
 
     config: ml_collections.ConfigDict
@@ -60,6 +61,7 @@ class Setting:
     topology: str
     slices: int
     text_length: int
+    draft: bool = False
 
     @classmethod
     def of(
@@ -71,6 +73,7 @@ class Setting:
         slices: int = 1,
         init: str | None = None,
         text_length: int | None = None,
+        draft: bool = False,
     ) -> "Setting":
         """`spec` and `overrides` as `load_config` takes them; sizes from the folder `init`, or the config's, or those
         of the paper's backbones; the config's shortest text length by default.
@@ -86,7 +89,7 @@ class Setting:
         lengths = config.data.text_lengths
         if text_length is not None and text_length not in lengths:
             raise ValueError(f"texts are padded to one of {tuple(lengths)}, not to {text_length}")
-        return cls(config, sizes, topology, slices, text_length or lengths[0])
+        return cls(config, sizes, topology, slices, text_length or lengths[0], draft)
 
     def changed(self, values: Mapping[str, Any]) -> "Setting":
         """The same with other values of the config."""
@@ -134,6 +137,8 @@ class Setting:
         """Equal for programs that the compiler turns into the same."""
         versions = [jax.__version__, importlib.metadata.version("libtpu")]
         said = [self.topology, str(self.slices), *versions, lowered.as_text()]
+        if self.draft:
+            said.append("draft")
         return hashlib.sha256("\n".join(said).encode()).hexdigest()
 
 
@@ -170,11 +175,14 @@ _MEMORY = {
 _UNITS = {"B": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
 
 
-def compile_program(lowered: jax.stages.Lowered) -> Compiled:
+_LEAST_EFFORT = {"exec_time_optimization_effort": -1.0}
+
+
+def compile_program(lowered: jax.stages.Lowered, *, draft: bool) -> Compiled:
     """Compiles for the devices that the arguments lie on."""
     start = time.perf_counter()
     try:
-        result = lowered.compile()
+        result = lowered.compile(compiler_options=_LEAST_EFFORT if draft else None)
     except jax.errors.JaxRuntimeError as error:
         message = str(error)
         if "RESOURCE_EXHAUSTED" not in message:
@@ -238,7 +246,7 @@ class Library:
                     print(job.result(), flush=True)
         else:
             for name, key in missing.items():
-                self.put(name, compile_program(lowered[key]))
+                self.put(name, compile_program(lowered[key], draft=setting.draft))
                 print(_said(key, self.get(name)), flush=True)
         return {key: self.get(name) for key, name in prints.items()}
 
@@ -250,7 +258,7 @@ def _compile_into(folder: pathlib.Path, setting: Setting, key: Key, fingerprint:
     lowered = setting.lower(key)
     if setting.fingerprint(lowered) != fingerprint:
         raise RuntimeError(f"another process lowers {key} to another program; try --processes 1")
-    compiled = compile_program(lowered)
+    compiled = compile_program(lowered, draft=setting.draft)
     Library(folder).put(fingerprint, compiled)
     return _said(key, compiled)
 

@@ -8,7 +8,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # the TPUs are not there
 from tests.planning.golden import CASES, described
 from wemmu_jax.files import write_json
 
-names = sys.argv[1:]
+names = list(CASES) if sys.argv[1:] == ["all"] else sys.argv[1:]
 if unknown := [name for name in names if name not in CASES]:
     sys.exit(f"no case {unknown[0]!r}; there are\n  " + "\n  ".join(CASES))
 if not names:
