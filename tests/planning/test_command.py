@@ -134,6 +134,11 @@ def test_an_error_that_all_stages_have_is_said_once(tmp_path, capsys):
     assert said.startswith("wemmu plan: configs/tiny.py:stage1, configs/tiny.py:stage2: no TPU")
 
 
+def test_a_search_is_not_drafted(tmp_path, capsys):
+    assert plan("--topology", "v5p:2x2x1", "--draft", "--search", "--cache", tmp_path) == FAILED
+    assert "--search goes by the time of a step" in capsys.readouterr().err
+
+
 def test_what_is_no_topology(tmp_path, capsys):
     assert plan("--topology", "v5p-8", "--cache", tmp_path) == FAILED
     assert "expected generation:chips" in capsys.readouterr().err

@@ -26,6 +26,7 @@ from wemmu_jax.planning.predict import Predictor, Times
 from wemmu_jax.planning.programs import Compiled, Key, Library, Setting, compile_program
 from wemmu_jax.planning.search import POLICIES, search
 from wemmu_jax.planning.shapes import model_flops, shares, squarest
+from wemmu_jax.planning.table import table
 from wemmu_jax.training.curriculum import load_config
 
 
@@ -337,9 +338,14 @@ def test_cached_latents_save_what_encoding_takes(plan):
     assert batches[1] < batches[0]
 
 
-def test_a_draft_says_so(plan):
-    found = [any("draft" in said for said in plan(draft=d).assumptions) for d in (True, False)]
-    assert found == [True, False]
+def test_a_draft_says_so_and_tells_no_times(plan):
+    full, draft = table(plan()), table(plan(draft=True))
+    for said in ("\npredicted", "raw, overlapped ms", "raw ms", "\npart ", "- without cycles"):
+        assert said in full and said not in draft
+    assert "- a draft" in draft and "- a draft" not in full
+    assert [line for line in draft.splitlines() if "GiB" in line] == [
+        line.partition("  raw ms")[0] for line in full.splitlines() if "GiB" in line
+    ]
 
 
 def test_a_step_is_its_micro_batches_and_what_runs_once(planned):

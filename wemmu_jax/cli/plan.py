@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--draft",
         action="store_true",
-        help="compile with the least effort: in a fifth of the time, what it needs is told well and its speed roughly",
+        help="compile with the least effort, in a fifth of the time: all but what a step takes",
     )
     parser.add_argument(
         "--search",
@@ -74,6 +74,8 @@ def run(args: argparse.Namespace) -> None:
     from wemmu_jax.planning.programs import Library
     from wemmu_jax.planning.table import table, totals
 
+    if args.draft and args.search:
+        raise ValueError("--search goes by the time of a step, which --draft does not tell")
     library = Library(pathlib.Path(args.cache).expanduser())
     plans, failed = [], {}
     for spec in args.config:
@@ -90,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
         if args.json:
             found = {"stages": [plan.to_json() for plan in plans], "failed": failed}
             write_json(pathlib.Path(args.json), found)
-    if len(plans) > 1 and len(plans) == len(args.config):
+    if len(plans) > 1 and len(plans) == len(args.config) and not args.draft:
         print(totals(plans))
     if failed:
         raise ValueError(_listed(failed, several=len(args.config) > 1))

@@ -58,7 +58,8 @@ class ProgramPlan:
 
 @dataclasses.dataclass(frozen=True)
 class StagePlan:
-    """What is known of a stage on a topology; bytes are a chip's, FLOPs and seconds those of an optimizer step."""
+    """What is known of a stage on a topology; bytes are a chip's, FLOPs and seconds those of an optimizer step. A
+    draft's seconds mean nothing, nor does what follows from them."""
 
     stage: str
     topology: str
@@ -75,6 +76,7 @@ class StagePlan:
     shapes: Sequence[ShapePlan]
     programs: Sequence[ProgramPlan]
     assumptions: Sequence[str]
+    draft: bool
 
     @property
     def spare(self) -> float:
@@ -229,6 +231,7 @@ def plan_stage(
             for key, one in programs.items()
         ],
         assumptions=[*ASSUMPTIONS, *_own_assumptions(setting, all_shapes)],
+        draft=setting.draft,
     )
 
 
@@ -244,9 +247,7 @@ def _own_assumptions(setting: Setting, all_shapes: bool) -> list[str]:
     if not setting.config.data.sources:
         said.append("no data.sources: every bucket alike; M-Edit has two sources, S-Edit one")
     if setting.draft:
-        said.append(
-            "a draft: compiled with the least effort, so that memory and times are another program's"
-        )
+        said.append("a draft: compiled with the least effort; memory within a tenth, and no times")
     if not all_shapes:
         said.append("buckets marked * are scaled from the compiled one by the model's FLOPs")
     if setting.run.cached:

@@ -18,8 +18,10 @@ _TRANSFERS = 25  # rows of collectives; the rest is added up
 
 
 def table(plan: StagePlan) -> str:
-    """All that a plan knows, in sections."""
-    sections = (_head, _memory, _shapes, _programs, _step, _parts, _moved, _transfers, _notes)
+    """All that a plan knows, in sections; of a draft nothing that follows from the compiler's cycles."""
+    sections = [_head, _memory, _shapes, _programs, _step, _parts, _moved, _transfers, _notes]
+    if plan.draft:
+        sections.remove(_parts)
     return "\n\n".join("\n".join(section(plan)) for section in sections)
 
 
@@ -56,12 +58,12 @@ def _memory(plan: StagePlan) -> Iterator[str]:
 
 
 def _shapes(plan: StagePlan) -> Iterator[str]:
-    rows = [
-        ("sources", "bucket", "share %", "model TF/sample", *(f"{t} ms" for t in TIMES.values()))
-    ]
+    times_of = {} if plan.draft else TIMES
+    heads = ("sources", "bucket", "share %", "model TF/sample")
+    rows = [(*heads, *(f"{title} ms" for title in times_of.values()))]
     for one in plan.shapes:
         scaled = "" if one.shape == one.compiled else " *"
-        times = [f"{getattr(one.times, name) * 1e3:.1f}" for name in TIMES]
+        times = [f"{getattr(one.times, name) * 1e3:.1f}" for name in times_of]
         bucket = f"{one.shape.bucket.height}x{one.shape.bucket.width}{scaled}"
         flops = sum(one.model_flops.values()) / TERA
         rows.append(
@@ -88,6 +90,8 @@ def _programs(plan: StagePlan) -> Iterator[str]:
                 *(f"{value * 1e3:.2f}" for value in seconds),
             )
         )
+    if plan.draft:
+        rows = [row[: -len(seconds)] for row in rows]
     yield from _aligned(rows)
 
 
@@ -97,6 +101,8 @@ def _step(plan: StagePlan) -> Iterator[str]:
         f"a step: model {plan.model_flops / TERA:,.4g} TF, programs {plan.program_flops / TERA:,.4g} TF "
         f"(x {ratio:.2f}: padding and recomputation)"
     )
+    if plan.draft:
+        return
     batch = plan.rows * plan.micro_batches
     rows = [("predicted", "s/step", "ms/sample/chip", "MFU %", "chip-hours", "days")]
     for name, title in TIMES.items():
@@ -159,6 +165,8 @@ def _notes(plan: StagePlan) -> Iterator[str]:
             yield f"- Pallas call {name} in {program.name}: {count:g} times, {seconds * 1e3:.3g} ms, by {by}"
         for opcode, seconds in program.prediction.unpriced.items():
             unpriced[opcode] += program.runs * seconds
+    if plan.draft:
+        return
     longest = [(name, seconds * 1e3) for name, seconds in unpriced.most_common() if seconds > 1e-6]
     listed = ", ".join(f"{name} {milliseconds:.3g}" for name, milliseconds in longest)
     yield f"- without cycles, ms a step: {listed or 'nothing that counts'}"
