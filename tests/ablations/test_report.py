@@ -89,6 +89,20 @@ def test_a_study_that_was_stopped_compares_the_seeds_that_all_arms_have(tmp_path
     assert [row["copied"] for row in rows_of(section)] == ["1.000 ± 0.000"] * 4
 
 
+def test_what_is_forgotten_is_compared_over_all_seeds(tmp_path):
+    one = study("collapse", budget="full")
+    seeds = [[run for run in one.runs if run.seed == seed] for seed in range(3)]
+    assert len(seeds[0]) == 11 and len(seeds[1]) == len(seeds[2]) == 6
+    for run in (*seeds[0], *seeds[1], *seeds[2][:-1]):
+        write_run(tmp_path / "full", run, one.graded[run])
+    rows = rows_of(report("collapse", Results(tmp_path, "full", tmp_path / "docs/miniworld")))
+    assert len(rows) == 11
+    for row in rows:
+        several = row["trained on"] in ("T2I and reconstruction", "then editing alone")
+        assert row["seeds"] == ("2" if several else "1")
+        assert row["copied"] == ("1.000 ± 0.000" if several else "1.000")
+
+
 def test_scores_are_kept_for_machines_that_ran_other_seeds(tmp_path):
     one, pictures = study("queries", budget="full"), tmp_path / "docs/miniworld"
     for seed in (0, 1):  # each on a machine of its own

@@ -91,10 +91,14 @@ def _spread(values: Sequence[float]) -> str:
     return f"{np.mean(values):.3f}{spread}"
 
 
-def _queries(one: Study, results: Results) -> str:
-    # A study that was stopped early compares the seeds that all arms have.
+def _done(one: Study, results: Results) -> Sequence[Run]:
+    """The runs of the seeds that all arms have; all of them if no seed is done."""
     undone = {run.seed for run in one.runs if not results.graded(run)}
-    done = [run for run in one.runs if run.seed not in undone] or one.runs
+    return [run for run in one.runs if run.seed not in undone] or one.runs
+
+
+def _queries(one: Study, results: Results) -> str:
+    done = _done(one, results)
     arms = dict.fromkeys(run.arm for run in done)
     kinds = [*DRAWING_TASKS["S-Edit"].kinds, "overall"]
     rows = []
@@ -146,10 +150,18 @@ def _collapse(one: Study, results: Results) -> str:
         "edits-queries": "then editing, the queries alone learn",
         "edits-new-queries": "the same with new queries",
     }
-    rows = [[NAMES[r.arm], meant[r.phase], *_edit_row(r, results)] for r in one.runs]
-    compared = [run for run in one.runs if run.phase in ("edits", "joint2")]
+    done = _done(one, results)
+    rows = []
+    for first in (run for run in one.runs if run.seed == 0):
+        runs = [run for run in done if (run.arm, run.phase) == (first.arm, first.phase)]
+        if not runs:  # of seed 0 alone, which is not done
+            continue
+        cells = zip(*(_edit_row(run, results) for run in runs), strict=True)
+        rows.append([NAMES[first.arm], meant[first.phase], len(runs), *map(_spread, cells)])
+    compared = [run for run in done if run.seed == 0 and run.phase in ("edits", "joint2")]
     shown = _sheet("collapse", "S-Edit", compared, results)
-    return f"{_edit_table(['queries', 'trained on'], rows)}\n\n{shown}"
+    note = "Mean and, of several, standard deviation over the seeds."
+    return f"{_edit_table(['queries', 'trained on', 'seeds'], rows)} {note}\n\n{shown}"
 
 
 def _several(one: Study, results: Results) -> str:
