@@ -158,10 +158,17 @@ def _collapse(one: Study, results: Results) -> str:
             continue
         cells = zip(*(_edit_row(run, results) for run in runs), strict=True)
         rows.append([NAMES[first.arm], meant[first.phase], len(runs), *map(_spread, cells)])
-    compared = [run for run in done if run.seed == 0 and run.phase in ("edits", "joint2")]
-    shown = _sheet("collapse", "S-Edit", compared, results)
+    sheets = (
+        ("collapse", "S-Edit", ("edits", "joint2")),
+        ("collapse-t2i", "T2I", ("stage2", "edits")),
+    )
+    shown = [
+        _sheet(name, task, [r for r in done if r.seed == 0 and r.phase in phases], results)
+        for name, task, phases in sheets
+    ]
     note = "Mean and, of several, standard deviation over the seeds."
-    return f"{_edit_table(['queries', 'trained on', 'seeds'], rows)} {note}\n\n{shown}"
+    table_of = _edit_table(["queries", "trained on", "seeds"], rows)
+    return f"{table_of} {note}\n\n" + "\n".join(shown)
 
 
 def _several(one: Study, results: Results) -> str:
