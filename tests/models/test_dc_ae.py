@@ -1,6 +1,8 @@
 """DC-AE: its config, its table, its errors and what does not depend on a reference's numbers."""
 
 import inspect
+import re
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,9 @@ from tests.parity.cases_dc_ae import SMALL, hf_config
 from tests.parity.harness import relative_l2
 from wemmu_jax.conversion.dc_ae import table
 from wemmu_jax.conversion.memory import flatten
-from wemmu_jax.models.dc_ae import DCAE, DCAEConfig, blocks, config
+from wemmu_jax.models.dc_ae import DCAE, DCAEConfig, blocks, config, modeling, strips
+from wemmu_jax.sharding.mesh import make_mesh
+from wemmu_jax.sharding.rules import placed, rows_sharding
 
 PUBLISHED = hf_config(
     kinds=("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
@@ -175,6 +179,44 @@ def test_on_a_tpu_grouped_layers_fill_the_lanes(channels, lanes, monkeypatch):
     np.testing.assert_allclose(blocks.grouped_dense(x, kernel), expected, rtol=0, atol=1e-5)
     text = jax.jit(blocks.grouped_dense).lower(x, kernel).as_text()
     assert (f"tensor<{lanes}x{lanes}xf32>" in text) == (lanes == 128)
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "count"),
+    [(2, 64, 4), (6, 96, 4), (3, 64, 8), (4, 48, 2), (8, 64, 1), (2, 40, 1)],
+)
+def test_on_a_tpu_a_device_convolves_eight_strips_or_more(small, rows, width, count, monkeypatch):
+    """The same latents; eight rows need no strips, and 40 columns are no four strips that can be halved twice."""
+    model, params = small
+    pixels = draw((rows, 24, width, 3))[0]
+    expected = model.apply({"params": params}, pixels, method="encode")
+    monkeypatch.setattr(strips, "current_platform", lambda: "tpu")
+    cut = mock.Mock(side_effect=strips.cut)
+    monkeypatch.setattr(modeling, "cut", cut)
+    found = model.apply({"params": params}, pixels, method="encode")
+    assert cut.call_args.args[1] == count
+    assert relative_l2(found, expected) <= 1e-6
+
+
+def test_strips_are_counted_on_a_device_and_stay_there(small, monkeypatch):
+    """16 rows on 8 devices are two on each."""
+    model, params = small
+    pixels = draw((16, 24, 64, 3))[0]
+    expected = model.apply({"params": params}, pixels, method="encode")
+    monkeypatch.setattr(strips, "current_platform", lambda: "tpu")
+    mesh = make_mesh(data=2, fsdp=4, sequence=1, tensor=1)
+    rows = rows_sharding(mesh)
+
+    def encode(params, pixels):
+        with placed(mesh):
+            return model.apply({"params": params}, pixels, method="encode")
+
+    with placed(mesh):
+        assert strips.count_strips(pixels.shape, 4) == 4
+    program = jax.jit(encode, in_shardings=(None, rows), out_shardings=rows)
+    compiled = program.lower(params, pixels).compile()
+    assert relative_l2(compiled(params, pixels), expected) <= 1e-6
+    assert not re.search("all-gather|all-to-all|collective-permute|all-reduce", compiled.as_text())
 
 
 def draw(*shapes: tuple[int, ...]) -> list[jax.Array]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.parity.harness import relative_l2
-from wemmu_jax.ops import convolution
+from wemmu_jax.ops import convolution, depthwise_kernel
 from wemmu_jax.ops.convolution import DepthwiseConv, depthwise_conv
 from wemmu_jax.sharding.mesh import make_mesh
 
@@ -127,9 +127,14 @@ def lowered_for_a_tpu(mesh, *shape: int) -> str:
 def test_a_tpu_takes_the_kernel_for_whole_pictures_that_fit(monkeypatch):
     monkeypatch.setattr(convolution, "current_platform", lambda: "tpu")
     whole = make_mesh(data=2, fsdp=4, sequence=1, tensor=1)
-    assert lowered_for_a_tpu(whole, 8, 12, 21, 11200).count("tpu_custom_call") == 1
+    for shape in ((8, 12, 21, 11200), (8, 128, 128, 256)):
+        assert lowered_for_a_tpu(whole, *shape).count("tpu_custom_call") == 1
     for mesh, shape in (
         (make_mesh(data=1, fsdp=2, sequence=2, tensor=2), (8, 12, 21, 11200)),
         (whole, (8, 256, 256, 128)),
     ):
         assert "tpu_custom_call" not in lowered_for_a_tpu(mesh, *shape)
+    # Of more working memory than a v4 has.
+    monkeypatch.setattr(depthwise_kernel, "current_device_kind", lambda: "TPU v4")
+    assert "tpu_custom_call" in lowered_for_a_tpu(whole, 8, 12, 21, 11200)
+    assert "tpu_custom_call" not in lowered_for_a_tpu(whole, 8, 128, 128, 256)

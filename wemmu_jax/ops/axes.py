@@ -26,6 +26,12 @@ def dividing(
     return axes if size % math.prod(mesh.shape[name] for name in names) == 0 else None
 
 
+def current_device_kind() -> str:
+    """As "TPU v5": of the devices that `current_platform` speaks of."""
+    mesh = current_mesh()
+    return jax.devices()[0].device_kind if mesh is None else mesh.abstract_device.device_kind
+
+
 def current_platform() -> str:
     """ "cpu", "gpu" or "tpu": that of the current mesh, which may be of devices that are not there, or the default."""
     mesh = current_mesh()

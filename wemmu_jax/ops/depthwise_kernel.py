@@ -14,18 +14,29 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from wemmu_jax.ops.axes import current_device_kind
+
 _LANES, _SUBLANES = 128, 16  # of a vector; of two float32 ones, which are one of bfloat16
-_WORKING = 8 * 2**20  # bytes that a block may take of the 16 MiB
+# Bytes that a block should take of the 16 MiB of working memory that a kernel has unless it asks for more; that one of
+# the fewest channels may take where a chip has more; what is asked for then.
+_WORKING, _MOST, _LIMIT = 8 * 2**20, 24 * 2**20, 32 * 2**20
+_NO_MORE = ("TPU v2", "TPU v3", "TPU v4")
 _WIDEST = 1024  # channels of a block
 
 
 def block_channels(shape: tuple[int, ...], itemsize: int) -> int:
     """Channels of a block of pictures [B, h, w, C]; 0 if not even one vector's fit the working memory."""
-    _, height, width, channels = shape
-    # The block that is read and the one that is written, each twice, so that both travel beside the work.
-    each = 4 * itemsize * height * _up(width, _SUBLANES)
+    each = _bytes_a_channel(shape, itemsize)
     most = min(_WORKING // each, _WIDEST) // _LANES * _LANES
-    return min(most, _up(channels, _LANES))
+    if each * _LANES <= _MOST and not current_device_kind().startswith(_NO_MORE):
+        most = max(most, _LANES)
+    return min(most, _up(shape[-1], _LANES))
+
+
+def _bytes_a_channel(shape: tuple[int, ...], itemsize: int) -> int:
+    """Of the block that is read and the one that is written, each twice, so that both travel beside the work."""
+    _, height, width, _ = shape
+    return 4 * itemsize * height * _up(width, _SUBLANES)
 
 
 def depthwise(
@@ -45,6 +56,7 @@ def depthwise(
     batch, height, width, channels = x.shape
     rows, columns, _ = kernel.shape
     block = block_channels(x.shape, x.dtype.itemsize)
+    each = _bytes_a_channel(x.shape, x.dtype.itemsize)
     picture = pl.BlockSpec((1, height, width, block), lambda b, c: (b, 0, 0, c))
     return pl.pallas_call(
         functools.partial(_shifted_sum, rows=rows, columns=columns),
@@ -59,7 +71,10 @@ def depthwise(
         cost_estimate=pl.CostEstimate(
             flops=2 * rows * columns * x.size, transcendentals=0, bytes_accessed=2 * x.nbytes
         ),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel"),
+            vmem_limit_bytes=_LIMIT if block * each > _WORKING else None,
+        ),
         name="depthwise",
         interpret=interpret,
     )(x, kernel, bias)

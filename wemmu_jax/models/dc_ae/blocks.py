@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from wemmu_jax.models.dc_ae.strips import refresh
 from wemmu_jax.ops.axes import current_platform
 from wemmu_jax.ops.convolution import DepthwiseConv, depthwise_conv
 from wemmu_jax.ops.linear_attention import LANES, linear_attention, quadratic_attention
@@ -73,12 +74,14 @@ class ResBlock(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x [B, h, w, C] -> [B, h, w, C]."""
+    def __call__(self, x: jax.Array, strips: int = 1) -> jax.Array:
+        """x [B, h, w, C] -> [B, h, w, C]; of several `strips` a picture, margins included."""
         width = x.shape[-1]
         hidden = nn.silu(conv3x3(width, dtype=self.dtype, name="conv1")(x))
+        hidden = refresh(hidden, strips)
         hidden = conv3x3(width, use_bias=False, dtype=self.dtype, name="conv2")(hidden)
-        return x + RMSNorm(NORM_EPS, use_bias=True, dtype=self.dtype, name="norm")(hidden)
+        normed = RMSNorm(NORM_EPS, use_bias=True, dtype=self.dtype, name="norm")(hidden)
+        return refresh(x + normed, strips)
 
 
 def grouped_dense(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -208,10 +211,16 @@ class Down(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x [B, 2h, 2w, C] -> [B, h, w, features]; 4C is a multiple of `features`."""
+    def __call__(self, x: jax.Array, strips: int = 1) -> jax.Array:
+        """x [B, 2h, 2w, C] -> [B, h, w, features]; 4C is a multiple of `features`. Several `strips` a picture have a
+        margin of one column before and behind."""
+        if (
+            strips > 1
+        ):  # one column becomes two, which are halved to one, and squares begin where the picture's do
+            x = jnp.pad(x, ((0, 0), (0, 0), (1, 1), (0, 0)))
         shortcut = mean_of_squares(x, self.features)
-        return conv3x3(self.features, stride=2, dtype=self.dtype, name="conv")(x) + shortcut
+        halved = conv3x3(self.features, stride=2, dtype=self.dtype, name="conv")(x)
+        return refresh(halved + shortcut, strips)
 
 
 class Up(nn.Module):

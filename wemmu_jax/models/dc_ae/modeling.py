@@ -15,19 +15,20 @@ from wemmu_jax.models.dc_ae.blocks import (
     repeat_channels,
 )
 from wemmu_jax.models.dc_ae.config import BlockKind, DCAEConfig, Stage
+from wemmu_jax.models.dc_ae.strips import count_strips, cut, joined, refresh
 from wemmu_jax.ops.norms import RMSNorm
 
 
 def run_stage(
-    x: jax.Array, stage: Stage, *, head_dim: int, dtype: jnp.dtype, name: str
+    x: jax.Array, stage: Stage, *, head_dim: int, dtype: jnp.dtype, name: str, strips: int = 1
 ) -> jax.Array:
     """The equal blocks of a stage as one scan, called inside a compact method; parameters [layers, ...]."""
     if stage.kind is BlockKind.RES:
-        block = ResBlock(dtype, name=name)
+        block, more = ResBlock(dtype, name=name), (strips,)
     else:
-        block = EfficientViTBlock(head_dim, stage.kernel_sizes, dtype, name=name)
+        block, more = EfficientViTBlock(head_dim, stage.kernel_sizes, dtype, name=name), ()
     scan = nn.scan(
-        lambda block, x, _: (block(x), None),
+        lambda block, x, _: (block(x, *more), None),
         variable_axes={"params": 0},
         split_rngs={"params": True},
         length=stage.layers,
@@ -47,11 +48,18 @@ class Encoder(nn.Module):
     def __call__(self, pixels: jax.Array) -> jax.Array:
         """pixels [B, H, W, 3] -> [B, h, w, C] in `dtype`."""
         config, stages = self.config, self.config.encoder
-        x = conv3x3(stages[0].width, dtype=self.dtype, name="conv_in")(pixels)
+        whole = [i for i, stage in enumerate(stages) if stage.kind is not BlockKind.RES]
+        strips = count_strips(pixels.shape, 2 ** min([*whole, len(stages) - 1]))
+        pixels = cut(pixels, strips)
+        x = refresh(conv3x3(stages[0].width, dtype=self.dtype, name="conv_in")(pixels), strips)
         for i, stage in enumerate(stages):
             if i > 0:
-                x = Down(stage.width, self.dtype, name=f"down_{i}")(x)
-            x = run_stage(x, stage, head_dim=config.head_dim, dtype=self.dtype, name=f"stage_{i}")
+                x = Down(stage.width, self.dtype, name=f"down_{i}")(x, strips)
+            if i in whole:  # its attention is over the whole picture
+                x, strips = joined(x, strips), 1
+            options = {"head_dim": config.head_dim, "dtype": self.dtype, "name": f"stage_{i}"}
+            x = run_stage(x, stage, strips=strips, **options)
+        x = joined(x, strips)
         shortcut = average_groups(x, config.latent_channels)
         return conv3x3(config.latent_channels, dtype=self.dtype, name="conv_out")(x) + shortcut
 
