@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from wemmu_jax.ops import attention as attention_lib
+from wemmu_jax.ops import splash
 from wemmu_jax.ops.attention import AttentionBackend, Mask, attention, attention_backend
-from wemmu_jax.ops.splash import block_size
 from wemmu_jax.sharding.mesh import make_mesh
 
 
@@ -63,9 +63,13 @@ def outcome(backend: AttentionBackend, inputs, mask: Mask | None, weights: jax.A
     return [mixed, *gradients]
 
 
+@pytest.mark.parametrize("largest", [768, 128], ids=["one block", "several"])
 @pytest.mark.parametrize("name", CASES)
-def test_splash_equals_xla(name):
+def test_splash_equals_xla(name, largest, monkeypatch):
+    """In several blocks as well, of which masks hide some whole."""
+    monkeypatch.setattr(splash, "_LARGEST", largest)
     tokens, keys, mask = CASES[name]
+    assert (splash.block_size(keys) < keys) == (largest == 128)
     inputs, weights = arrays(tokens, keys), draw(3, 2, tokens, 4, 24)
     expected, found = (
         outcome(backend, inputs, mask, weights)
@@ -157,7 +161,7 @@ def test_a_kernel_that_was_asked_for_is_never_replaced():
     [(1, 128), (150, 256), (384, 384), (896, 512), (1408, 768), (1664, 640), (4352, 640)],
 )
 def test_blocks_of_the_splash_kernel_pad_little(tokens, block):
-    assert block_size(tokens) == block
+    assert splash.block_size(tokens) == block
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -6,11 +6,9 @@ from wemmu_jax.planning.program import Operation
 
 # Name of a kernel -> products of [T, H] x [H, S] that it makes for each head; the first that matches counts.
 _ATTENTION = (
-    (
-        r"(mha|mqa|flash|attention).*dkv.*fused",
-        5,
-    ),  # scores, their gradient, and one for each of q, k, v
-    (r"(mha|mqa|flash|attention).*dkv", 4),
+    # All gradients in one kernel, as `ops.splash` asks for it: scores, their gradient, and one for each of q, k, v. Its
+    # name is the same where a kernel for dq stands beside it, and that for dkv makes one product less.
+    (r"(mha|mqa|flash|attention).*dkv", 5),
     (r"(mha|mqa|flash|attention).*dq", 3),
     (r"mha|mqa|flash|attention", 2),  # forward: scores, values
 )
