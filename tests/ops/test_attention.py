@@ -63,13 +63,17 @@ def outcome(backend: AttentionBackend, inputs, mask: Mask | None, weights: jax.A
     return [mixed, *gradients]
 
 
-@pytest.mark.parametrize("largest", [768, 128], ids=["one block", "several"])
+BLOCKS = {"one": (768, 2048), "several": (128, 2048), "several, in parts": (128, 128)}
+
+
+@pytest.mark.parametrize("blocks", BLOCKS)
 @pytest.mark.parametrize("name", CASES)
-def test_splash_equals_xla(name, largest, monkeypatch):
-    """In several blocks as well, of which masks hide some whole."""
-    monkeypatch.setattr(splash, "_LARGEST", largest)
+def test_splash_equals_xla(name, blocks, monkeypatch):
+    """In several blocks as well, of which masks hide some whole, with gradients of the queries together or in parts."""
+    for limit, tokens in zip(("_LARGEST", "_TOGETHER"), BLOCKS[blocks], strict=True):
+        monkeypatch.setattr(splash, limit, tokens)
     tokens, keys, mask = CASES[name]
-    assert (splash.block_size(keys) < keys) == (largest == 128)
+    assert (splash.block_size(keys) < keys) == (blocks != "one")
     inputs, weights = arrays(tokens, keys), draw(3, 2, tokens, 4, 24)
     expected, found = (
         outcome(backend, inputs, mask, weights)

@@ -15,6 +15,7 @@ _TILE = 128
 _LARGEST = (
     768  # tokens of a block; scores of a block are float32 in the chip's 16 MiB of working memory
 )
+_TOGETHER = 2048  # keys whose gradients a kernel holds; of more it leaves the queries' in parts to be added up
 
 
 def splash_attention(
@@ -72,6 +73,14 @@ def block_size(tokens: int) -> int:
     return min(range(_TILE, min(tiles, _LARGEST) + 1, _TILE), key=cost)
 
 
+def _together(keys: int, block: int) -> int:
+    """The most keys whose gradients are formed together: equal runs of blocks."""
+    blocks = keys // block
+    return block * max(
+        n for n in range(1, blocks + 1) if blocks % n == 0 and (n == 1 or n * block <= _TOGETHER)
+    )
+
+
 def _padded(x: jax.Array, block: int, fill: int = 0) -> jax.Array:
     """x [B, T, ...] with T a multiple of `block`."""
     spare = -x.shape[1] % block
@@ -95,9 +104,9 @@ def _kernel(
         block_q=own,
         block_kv=other,
         block_q_dkv=own,
-        block_kv_dkv=other,
-        # All gradients from scores that are formed once, 5 products instead of 7. The queries' comes in parts, one for
-        # each block of keys, rounded before they are added.
+        block_kv_dkv=_together(keys, other),
+        block_kv_dkv_compute=other,
+        # All gradients from scores that are formed once, 5 products instead of 7.
         use_fused_bwd_kernel=True,
     )
     return splash_attention_kernel.make_splash_mha_single_device(
