@@ -12,6 +12,7 @@ from wemmu_jax.ops import attention as attention_lib
 from wemmu_jax.ops import splash
 from wemmu_jax.ops.attention import AttentionBackend, Mask, attention, attention_backend
 from wemmu_jax.sharding.mesh import make_mesh
+from wemmu_jax.sharding.topology import topology_devices
 
 
 def draw(seed: int, *shape: int) -> jax.Array:
@@ -63,7 +64,7 @@ def outcome(backend: AttentionBackend, inputs, mask: Mask | None, weights: jax.A
     return [mixed, *gradients]
 
 
-BLOCKS = {"one": (768, 2048), "several": (128, 2048), "several, in parts": (128, 128)}
+BLOCKS = {"one": (768, 4096), "several": (128, 4096), "several, in parts": (128, 512)}
 
 
 @pytest.mark.parametrize("blocks", BLOCKS)
@@ -166,6 +167,31 @@ def test_a_kernel_that_was_asked_for_is_never_replaced():
 )
 def test_blocks_of_the_splash_kernel_pad_little(tokens, block):
     assert splash.block_size(tokens) == block
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize(
+    ("tokens", "keys", "first"), [(1328, 1600, None), (1536, 2048, 0), (1328, 3000, 0)]
+)
+def test_blocks_of_the_splash_kernel_fit_a_tpu(tokens, keys, first, dtype):
+    """Forward and backward, compiled for a v5p that is not there."""
+    place = jax.sharding.SingleDeviceSharding(topology_devices("v5p:2x2x1", slices=1)[0])
+
+    def given(*shape: int, dtype=dtype) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    def gradients(query, key, value, *segments):
+        def total(*x):
+            mixed = splash.splash_attention(*x, segments, first=first, interpret=False)
+            return jnp.sum(mixed, dtype=jnp.float32)
+
+        return jax.grad(total, argnums=(0, 1, 2))(query, key, value)
+
+    inputs = given(2, tokens, 16, 128), given(2, keys, 2, 128), given(2, keys, 2, 128)
+    own = (given(2, count, dtype=jnp.int32) for count in (tokens, keys))
+    with jax.default_matmul_precision("default"):  # the kernels take no other
+        assert "splash_mha_dkv" in jax.jit(gradients).lower(*inputs, *own).compile().as_text()
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -15,7 +15,9 @@ _TILE = 128
 _LARGEST = (
     768  # tokens of a block; scores of a block are float32 in the chip's 16 MiB of working memory
 )
-_TOGETHER = 2048  # keys whose gradients a kernel holds; of more it leaves the queries' in parts to be added up
+# Bytes of a channel of the keys whose gradients a kernel holds, 2048 in bfloat16; of more keys it leaves the queries'
+# gradient in parts to be added up.
+_TOGETHER = 4096
 
 
 def splash_attention(
@@ -55,7 +57,8 @@ def splash_attention(
         segments = splash_attention_kernel.SegmentIds(
             _padded(segments[0], own, 1), _padded(segments[1], other, -2)
         )
-    kernel = _kernel(query.shape[1:3], key.shape[2], (own, other), first, interpret)
+    together = _together(key.shape[2], other, key.dtype.itemsize)
+    kernel = _kernel(query.shape[1:3], key.shape[2], (own, other, together), first, interpret)
     return jax.vmap(kernel)(query, key, value, segments).swapaxes(1, 2)[:, :tokens]
 
 
@@ -73,12 +76,10 @@ def block_size(tokens: int) -> int:
     return min(range(_TILE, min(tiles, _LARGEST) + 1, _TILE), key=cost)
 
 
-def _together(keys: int, block: int) -> int:
+def _together(keys: int, block: int, itemsize: int) -> int:
     """The most keys whose gradients are formed together: equal runs of blocks."""
-    blocks = keys // block
-    return block * max(
-        n for n in range(1, blocks + 1) if blocks % n == 0 and (n == 1 or n * block <= _TOGETHER)
-    )
+    blocks, most = keys // block, _TOGETHER // itemsize // block
+    return block * max(n for n in range(1, max(most, 1) + 1) if blocks % n == 0)
 
 
 def _padded(x: jax.Array, block: int, fill: int = 0) -> jax.Array:
@@ -90,12 +91,12 @@ def _padded(x: jax.Array, block: int, fill: int = 0) -> jax.Array:
 def _kernel(
     heads_and_tokens: tuple[int, int],
     keys: int,
-    blocks: tuple[int, int],
+    blocks: tuple[int, int, int],
     first: int | None,
     interpret: bool,
 ):
     heads, tokens = heads_and_tokens
-    own, other = blocks
+    own, other, together = blocks
     if first is None:
         mask = splash_attention_mask.FullMask((tokens, keys))
     else:
@@ -104,7 +105,7 @@ def _kernel(
         block_q=own,
         block_kv=other,
         block_q_dkv=own,
-        block_kv_dkv=_together(keys, other),
+        block_kv_dkv=together,
         block_kv_dkv_compute=other,
         # All gradients from scores that are formed once, 5 products instead of 7.
         use_fused_bwd_kernel=True,
