@@ -12,6 +12,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 
 from wemmu_jax.conversion.memory import flatten
 from wemmu_jax.conversion.qwen2_5_vl import vision_table
+from wemmu_jax.models.qwen2_5_vl import vision_lanes
 from wemmu_jax.models.qwen2_5_vl.config import VisionConfig, qwen2_5_vl_3b
 from wemmu_jax.models.qwen2_5_vl.images import (
     PackedImages,
@@ -22,6 +23,8 @@ from wemmu_jax.models.qwen2_5_vl.images import (
     smart_size,
 )
 from wemmu_jax.models.qwen2_5_vl.vision import VisionTransformer
+from wemmu_jax.sharding.mesh import make_mesh
+from wemmu_jax.sharding.rules import placed
 
 REAL = qwen2_5_vl_3b().vision
 TINY = VisionConfig(
@@ -226,6 +229,35 @@ def test_gradients_are_finite_and_the_same_with_remat(policy):
     for path, leaf in jitted_gradient(policy)(ROOMY).items():
         assert np.isfinite(leaf).all() and np.abs(leaf).max() > 0, path
         np.testing.assert_allclose(leaf, plain[path], rtol=2e-4, atol=1e-4, err_msg=path)
+
+
+def test_heads_side_by_side_give_the_same(monkeypatch):
+    by_heads, gradient = np.asarray(jitted()(ROOMY)), jitted_gradient()(ROOMY)
+    monkeypatch.setattr(vision_lanes, "current_platform", lambda: "tpu")
+    assert vision_lanes.lies_in_lanes(REAL)
+    assert not vision_lanes.lies_in_lanes(TINY), "its halves fill no vector of 128"
+    monkeypatch.setattr(vision_lanes, "LANES", TINY.hidden_size // 2)
+    calls = []
+    plain = vision_lanes.window_attention
+    monkeypatch.setattr(
+        vision_lanes, "window_attention", lambda *a, **k: calls.append(0) or plain(*a, **k)
+    )
+    model, params = model_and_params()
+    side_by_side = jax.jit(lambda p, images: model.apply({"params": p}, images))(params, ROOMY)
+    assert calls
+    for i, (gh, gw) in enumerate(GRIDS):
+        own = slice(gh * gw)
+        np.testing.assert_allclose(side_by_side[i, own], by_heads[i, own], rtol=1e-5, atol=1e-5)
+    for path, leaf in jitted_gradient.__wrapped__()(ROOMY).items():
+        np.testing.assert_allclose(leaf, gradient[path], rtol=2e-4, atol=1e-4, err_msg=path)
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_heads_that_devices_share_do_not_lie_side_by_side(tensor, monkeypatch):
+    monkeypatch.setattr(vision_lanes, "current_platform", lambda: "tpu")
+    mesh = make_mesh(data=1, fsdp=1, sequence=1, tensor=tensor, devices=jax.devices()[:tensor])
+    with placed(mesh):
+        assert vision_lanes.lies_in_lanes(REAL) == (tensor == 1)
 
 
 def test_a_picture_of_nothing_but_padding_stays_finite():

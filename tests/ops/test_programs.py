@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from wemmu_jax.ops import programs
-from wemmu_jax.ops.programs import gradient_in_memory, jit_stack
+from wemmu_jax.ops.programs import compiler_options, gradient_in_memory, jit_stack
 
 LAYERS, WIDTH = 24, 256
 FLOAT32_COPY = LAYERS * WIDTH * WIDTH * 4
@@ -31,6 +31,11 @@ def test_the_numbers_are_those_of_plain_jit():
     weights = jax.random.normal(keys[0], (LAYERS, WIDTH, WIDTH), jnp.bfloat16) / 16
     x = jax.random.normal(keys[1], (8, WIDTH), jnp.bfloat16)
     assert (jit_stack(run_stack)(weights, x) == jax.jit(run_stack)(weights, x)).all()
+
+
+def test_options_are_for_the_kinds_they_were_tried_on():
+    assert compiler_options("TPU v5") == {"xla_tpu_scoped_vmem_limit_kib": "49152"}
+    assert compiler_options("TPU v4") == compiler_options("cpu") == compiler_options() == {}
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])

@@ -150,10 +150,10 @@ def ours_model(f: Fixture, *, config=None, params=None, images=None) -> np.ndarr
 def ours_layer(f: Fixture, *, full: bool, scale: float) -> np.ndarray:
     """Layer 0 of the stack, told to attend in windows or fully."""
     images = f.pack(f.hidden(scale), f.config)
-    angles = vision.vision_angles(images.positions, head_width=f.config.head_dim)
+    rotation = vision.vision_rotation(images.positions, f.config)
     params = jax.tree.map(lambda leaf: leaf[0], f.params["layers"])
     layer = vision.VisionLayer(f.config, jnp.float32)
-    out, _ = layer.apply({"params": params}, images.patches, full, angles, images.segments)
+    out, _ = layer.apply({"params": params}, images.patches, full, rotation, images.segments)
     return f.unpack(out)
 
 

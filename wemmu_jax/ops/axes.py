@@ -9,6 +9,7 @@ from jax.sharding import AbstractMesh
 ROWS = ("data", "fsdp")  # rows of a batch lie along both
 TOKENS = "sequence"
 HEADS = "tensor"
+LANES = 128  # of a TPU's vectors
 AXES = (*ROWS, TOKENS, HEADS)  # from the slowest links to the fastest
 
 
@@ -24,6 +25,12 @@ def dividing(
     """`axes`, if so many rows, tokens or heads can be dealt out along them; None if all devices have them whole."""
     names = (axes,) if isinstance(axes, str) else axes
     return axes if size % math.prod(mesh.shape[name] for name in names) == 0 else None
+
+
+def heads_are_cut() -> bool:
+    """Whether devices share the heads, so that a run of lanes may lie on two."""
+    mesh = current_mesh()
+    return mesh is not None and mesh.shape[HEADS] > 1
 
 
 def current_device_kind() -> str:

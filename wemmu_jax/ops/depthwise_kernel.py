@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from wemmu_jax.ops.axes import current_device_kind
+from wemmu_jax.ops.axes import LANES, current_device_kind
 
-_LANES, _SUBLANES = 128, 16  # of a vector; of two float32 ones, which are one of bfloat16
+_SUBLANES = 16  # of two float32 vectors, which are one of bfloat16
 # Bytes that a block should take of the 16 MiB of working memory that a kernel has unless it asks for more; that one of
 # the fewest channels may take where a chip has more; what is asked for then.
 _WORKING, _MOST, _LIMIT = 8 * 2**20, 24 * 2**20, 32 * 2**20
@@ -27,10 +27,10 @@ _WIDEST = 1024  # channels of a block
 def block_channels(shape: tuple[int, ...], itemsize: int) -> int:
     """Channels of a block of pictures [B, h, w, C]; 0 if not even one vector's fit the working memory."""
     each = _bytes_a_channel(shape, itemsize)
-    most = min(_WORKING // each, _WIDEST) // _LANES * _LANES
-    if each * _LANES <= _MOST and not current_device_kind().startswith(_NO_MORE):
-        most = max(most, _LANES)
-    return min(most, _up(shape[-1], _LANES))
+    most = min(_WORKING // each, _WIDEST) // LANES * LANES
+    if each * LANES <= _MOST and not current_device_kind().startswith(_NO_MORE):
+        most = max(most, LANES)
+    return min(most, _up(shape[-1], LANES))
 
 
 def _bytes_a_channel(shape: tuple[int, ...], itemsize: int) -> int:

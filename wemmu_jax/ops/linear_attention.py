@@ -4,9 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wemmu_jax.ops.axes import HEADS, current_mesh, current_platform
+from wemmu_jax.ops.axes import LANES, current_platform, heads_are_cut
 
-LANES = 128  # of a TPU's vectors
 _EPS = 1e-15
 
 
@@ -26,7 +25,7 @@ def linear_attention(
     Returns:
       float32[B, S, C].
     """
-    if current_platform() == "tpu" and LANES % head_dim == 0 and not _heads_are_cut():
+    if current_platform() == "tpu" and LANES % head_dim == 0 and not heads_are_cut():
         cuts = np.arange(LANES, query.shape[-1], LANES)
         cut = (jnp.split(x, cuts, axis=-1) for x in (query, key, value))
         mixed = [_in_lanes(*run, head_dim) for run in zip(*cut, strict=True)]
@@ -60,12 +59,6 @@ def _in_lanes(query: jax.Array, key: jax.Array, value: jax.Array, head_dim: int)
     both = jnp.einsum("bsk,bkv->bsv", query, jnp.concatenate([memory, keys], axis=-1), **exact)
     mixed, total = jnp.split(both, 2, axis=-1)
     return mixed / (total + _EPS)
-
-
-def _heads_are_cut() -> bool:
-    """Whether devices share the heads, so that a run of lanes may lie on two."""
-    mesh = current_mesh()
-    return mesh is not None and mesh.shape[HEADS] > 1
 
 
 def _heads_first(x: jax.Array, head_dim: int) -> jax.Array:

@@ -38,17 +38,24 @@ def multimodal_angles(
     )
 
 
-def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Turns the pairs (i, i + H/2) of each head.
 
     Args:
-      x: [B, T, N, H].
-      angles: float32[B, T, H/2].
+      x: [..., N, H].
+      cos, sin: float32[..., H/2], of the angles.
 
     Returns:
-      [B, T, N, H] in the dtype of `x`.
+      [..., N, H] in the dtype of `x`.
     """
-    cos, sin = jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
+    turned = turn(first, second, cos[..., None, :], sin[..., None, :])
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+def turn(
+    first: jax.Array, second: jax.Array, cos: jax.Array, sin: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The two halves of what is turned, in float32."""
+    first, second = first.astype(jnp.float32), second.astype(jnp.float32)
+    return first * cos - second * sin, second * cos + first * sin

@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from wemmu_jax.data.buckets import Bucket
 from wemmu_jax.models.wemmu.config import WeMMUConfig
 from wemmu_jax.models.wemmu.published import published_wemmu
+from wemmu_jax.ops.programs import compiler_options
 from wemmu_jax.planning.chips import GIB
 from wemmu_jax.sharding.mesh import make_mesh
 from wemmu_jax.sharding.topology import topology_devices
@@ -136,7 +137,8 @@ class Setting:
     def fingerprint(self, lowered: jax.stages.Lowered) -> str:
         """Equal for programs that the compiler turns into the same."""
         versions = [jax.__version__, importlib.metadata.version("libtpu")]
-        said = [self.topology, str(self.slices), *versions, lowered.as_text()]
+        options = compiler_options(self.devices[0].device_kind)
+        said = [self.topology, str(self.slices), *versions, str(options), lowered.as_text()]
         if self.draft:
             said.append("draft")
         return hashlib.sha256("\n".join(said).encode()).hexdigest()

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from wemmu_jax.diffusion.losses import (
 from wemmu_jax.models.wemmu.batch import Sources
 from wemmu_jax.models.wemmu.modeling import WeMMUModel
 from wemmu_jax.models.wemmu.queries import draw_noise
+from wemmu_jax.ops.programs import compiler_options
 from wemmu_jax.sharding.rules import parameter_shardings, placed, replicated, rows_sharding
 from wemmu_jax.training.batch import TrainBatch
 from wemmu_jax.training.curriculum import Loss, Stage
@@ -130,6 +131,10 @@ class Trainer:
     def _create(self, params: Mapping) -> TrainState:
         return TrainState.create(params, self.optimizer, ema=self.stage.ema > 0)
 
+    def _jit(self, function: Callable, **options) -> Callable:
+        kind = self.mesh.devices.flat[0].device_kind
+        return jax.jit(function, compiler_options=compiler_options(kind), **options)
+
     @property
     def abstract_state(self) -> TrainState:
         """Shapes, types and shardings of the state, to restore one into."""
@@ -165,7 +170,7 @@ class Trainer:
             with placed(self.mesh, self.stage.attention):
                 return self.model.encode(frozen, pixels)
 
-        return jax.jit(encode, out_shardings=rows_sharding(self.mesh))
+        return self._jit(encode, out_shardings=rows_sharding(self.mesh))
 
     @functools.cached_property
     def accumulate(self):
@@ -190,7 +195,7 @@ class Trainer:
 
         everywhere = replicated(self.mesh)
         shardings = (self._param_shardings, everywhere, everywhere)
-        return jax.jit(step, donate_argnums=0, out_shardings=shardings)
+        return self._jit(step, donate_argnums=0, out_shardings=shardings)
 
     @functools.cached_property
     def update(self):
@@ -218,7 +223,7 @@ class Trainer:
             return jax.lax.cond(good, apply, lambda state, _: state, state, gradients), norm
 
         shardings = (self._state_shardings, replicated(self.mesh))
-        return jax.jit(update, donate_argnums=0, out_shardings=shardings)
+        return self._jit(update, donate_argnums=0, out_shardings=shardings)
 
     @functools.cached_property
     def validate(self):
@@ -228,4 +233,4 @@ class Trainer:
             with placed(self.mesh, self.stage.attention):
                 return validation_losses(self.model, self.stage, merge(params, frozen), batch)
 
-        return jax.jit(losses, out_shardings=replicated(self.mesh))
+        return self._jit(losses, out_shardings=replicated(self.mesh))

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from wemmu_jax.models.dc_ae.strips import refresh
-from wemmu_jax.ops.axes import current_platform
+from wemmu_jax.ops.axes import LANES, current_platform
 from wemmu_jax.ops.convolution import DepthwiseConv, depthwise_conv
-from wemmu_jax.ops.linear_attention import LANES, linear_attention, quadratic_attention
+from wemmu_jax.ops.linear_attention import linear_attention, quadratic_attention
 from wemmu_jax.ops.norms import RMSNorm
 
 NORM_EPS = 1e-5  # the same in every published DC-AE; it is in no config

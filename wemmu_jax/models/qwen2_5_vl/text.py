@@ -65,11 +65,12 @@ class Attention(nn.Module):
         """x [B, T, D], context [B, S, K, H], angles float32[B, T, H/2], mask of S+T keys;
         returns [B, T, D] and the own keys and values [B, T, K, H]."""
         config = self.config
+        cos, sin = jnp.cos(angles), jnp.sin(angles)
         query = self._heads("q_proj", config.num_attention_heads, x)
-        key = rotate(self._heads("k_proj", config.num_key_value_heads, x), angles)
+        key = rotate(self._heads("k_proj", config.num_key_value_heads, x), cos, sin)
         value = self._heads("v_proj", config.num_key_value_heads, x)
         own = KeyValues(checkpoint_name(key, "k"), checkpoint_name(value, "v"))
-        query = checkpoint_name(rotate(query, angles), "q")
+        query = checkpoint_name(rotate(query, cos, sin), "q")
         seen = own if context is None else context.followed_by(own)
         # For those who want to look at the attention, see `evaluation.attention`; nothing is kept unless asked for.
         self.sow("attention", "query", query)

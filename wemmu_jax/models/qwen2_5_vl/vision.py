@@ -4,16 +4,21 @@ Axes: B pictures, W slots, P patches of a slot, S merged tokens, D width, N head
 in slots is told in `images.py`.
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from wemmu_jax.models.qwen2_5_vl import vision_lanes
 from wemmu_jax.models.qwen2_5_vl.config import VISION_RMS_NORM_EPS, VISION_ROPE_THETA, VisionConfig
 from wemmu_jax.models.qwen2_5_vl.images import PackedImages
 from wemmu_jax.ops.attention import Mask, attention
 from wemmu_jax.ops.norms import RMSNorm
 from wemmu_jax.ops.remat import remat, unroll
 from wemmu_jax.ops.rotary import inverse_frequencies, rotate
+
+Rotation = tuple[jax.Array, jax.Array]  # cos and sin of the angles
 
 
 def vision_angles(positions: jax.Array, *, head_width: int) -> jax.Array:
@@ -29,6 +34,13 @@ def vision_angles(positions: jax.Array, *, head_width: int) -> jax.Array:
     frequencies = inverse_frequencies(head_width // 2, theta=VISION_ROPE_THETA)
     angles = positions[..., None].astype(jnp.float32) * frequencies
     return angles.reshape(*positions.shape[:-1], head_width // 2)
+
+
+def vision_rotation(positions: jax.Array, config: VisionConfig) -> Rotation:
+    """Of patches at int32[..., 2]: float32[..., H/2] each, or, for heads side by side, [..., N * H/2]."""
+    angles = vision_angles(positions, head_width=config.head_dim)
+    times = config.num_heads if vision_lanes.lies_in_lanes(config) else 1
+    return jnp.tile(jnp.cos(angles), times), jnp.tile(jnp.sin(angles), times)
 
 
 def window_attention(
@@ -55,6 +67,20 @@ def full_attention(
     return out.reshape(query.shape)
 
 
+class _Projection(nn.Module):
+    """Kernel and bias of a linear layer, which somebody else computes."""
+
+    features: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, width: int) -> tuple[jax.Array, jax.Array]:
+        init = nn.initializers
+        kernel = self.param("kernel", init.lecun_normal(), (width, self.features))
+        bias = self.param("bias", init.zeros, (self.features,))
+        return kernel.astype(self.dtype), bias.astype(self.dtype)
+
+
 class VisionAttention(nn.Module):
     """Attention inside windows or over the picture, chosen at run time, so that one scan holds both kinds."""
 
@@ -63,21 +89,33 @@ class VisionAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, is_full: jax.Array, angles: jax.Array, segments: jax.Array
+        self, x: jax.Array, is_full: jax.Array, rotation: Rotation, segments: jax.Array
     ) -> jax.Array:
-        """x [B, W, P, D], is_full bool[], angles float32[B, W, P, H/2], segments int32[B, W, P] -> [B, W, P, D]."""
-        width, heads = self.config.hidden_size, self.config.num_heads
-        qkv = nn.Dense(3 * width, dtype=self.dtype, name="qkv")(x)
-        qkv = qkv.reshape(*x.shape[:-1], 3, heads, self.config.head_dim)
+        """x [B, W, P, D], is_full bool[], rotation of `vision_rotation`, segments int32[B, W, P] -> [B, W, P, D]."""
+        attend = self._in_lanes if vision_lanes.lies_in_lanes(self.config) else self._by_heads
+        mixed = attend(x, is_full, rotation, segments)
+        return nn.Dense(self.config.hidden_size, dtype=self.dtype, name="proj")(mixed)
+
+    def _by_heads(self, x, is_full, rotation: Rotation, segments) -> jax.Array:
+        qkv = nn.Dense(3 * x.shape[-1], dtype=self.dtype, name="qkv")(x)
+        qkv = qkv.reshape(*x.shape[:-1], 3, self.config.num_heads, self.config.head_dim)
         query, key, value = (qkv[..., i, :, :] for i in range(3))
-        query, key = _rotate(query, angles), _rotate(key, angles)
-        x = jax.lax.cond(is_full, full_attention, window_attention, query, key, value, segments)
-        return nn.Dense(width, dtype=self.dtype, name="proj")(x.reshape(*x.shape[:-2], width))
+        query, key = rotate(query, *rotation), rotate(key, *rotation)
+        arrays = (query, key, value, segments)
+        return jax.lax.cond(is_full, full_attention, window_attention, *arrays).reshape(x.shape)
 
+    def _in_lanes(self, x, is_full, rotation: Rotation, segments) -> jax.Array:
+        heads, width = self.config.num_heads, x.shape[-1]
+        kernel, bias = _Projection(3 * width, self.dtype, name="qkv")(width)
+        arrays = vision_lanes.project(x.astype(self.dtype), kernel, bias, rotation, heads)
 
-def _rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
-    flat = rotate(x.reshape(-1, *x.shape[-3:]), angles.reshape(-1, *angles.shape[-2:]))
-    return flat.reshape(x.shape)
+        def full(query, key, value, segments) -> jax.Array:
+            value = value.reshape(*x.shape[:-1], heads, -1)
+            query, key = query.by_heads(heads), key.by_heads(heads)
+            return full_attention(query, key, value, segments).reshape(x.shape)
+
+        windows = functools.partial(vision_lanes.window_attention, heads=heads)
+        return jax.lax.cond(is_full, full, windows, *arrays, segments)
 
 
 class VisionMLP(nn.Module):
@@ -102,12 +140,12 @@ class VisionLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, is_full: jax.Array, angles: jax.Array, segments: jax.Array
+        self, x: jax.Array, is_full: jax.Array, rotation: Rotation, segments: jax.Array
     ) -> tuple[jax.Array, None]:
         """x [B, W, P, D] -> ([B, W, P, D], None); the other arguments as in `VisionAttention`."""
         normed = RMSNorm(VISION_RMS_NORM_EPS, dtype=self.dtype, name="norm1")(x)
         attend = VisionAttention(self.config, self.dtype, name="attention")
-        x = x + attend(normed, is_full, angles, segments)
+        x = x + attend(normed, is_full, rotation, segments)
         normed = RMSNorm(VISION_RMS_NORM_EPS, dtype=self.dtype, name="norm2")(x)
         return x + VisionMLP(self.config, self.dtype, name="mlp")(normed), None
 
@@ -149,7 +187,7 @@ class VisionTransformer(nn.Module):
         x = nn.Dense(config.hidden_size, use_bias=False, dtype=self.dtype, name="patch_embed")(
             images.patches
         )
-        angles = vision_angles(images.positions, head_width=config.head_dim)
+        rotation = vision_rotation(images.positions, config)
         is_full = jnp.isin(jnp.arange(config.depth), jnp.array(config.fullatt_block_indexes, int))
         layers = nn.scan(
             remat(VisionLayer, self.remat),
@@ -159,6 +197,6 @@ class VisionTransformer(nn.Module):
             length=config.depth,
             unroll=unroll(self.remat, config.depth),
         )
-        x, _ = layers(config, self.dtype, name="layers")(x, is_full, angles, images.segments)
+        x, _ = layers(config, self.dtype, name="layers")(x, is_full, rotation, images.segments)
         tokens = PatchMerger(config, self.dtype, name="merger")(x)
         return jnp.take_along_axis(tokens, images.order[..., None], axis=1)
