@@ -19,6 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from wemmu_jax.models.qwen2_5_vl.config import TextConfig
 from wemmu_jax.ops.attention import Mask, attention
+from wemmu_jax.ops.heads import FromHeads, ToHeads
 from wemmu_jax.ops.norms import RMSNorm
 from wemmu_jax.ops.programs import gradient_in_memory
 from wemmu_jax.ops.remat import remat, unroll
@@ -51,6 +52,10 @@ class KeyValues:
         )
 
 
+# [B, T, D], or the settled tokens (see `DecoderStack`) and those behind them.
+Tokens = jax.Array | tuple[jax.Array, jax.Array]
+
+
 class Attention(nn.Module):
     """Grouped-query attention with M-RoPE over [context | own tokens]; q, k and v carry biases."""
 
@@ -66,9 +71,10 @@ class Attention(nn.Module):
         returns [B, T, D] and the own keys and values [B, T, K, H]."""
         config = self.config
         cos, sin = jnp.cos(angles), jnp.sin(angles)
-        query = self._heads("q_proj", config.num_attention_heads, x)
-        key = rotate(self._heads("k_proj", config.num_key_value_heads, x), cos, sin)
-        value = self._heads("v_proj", config.num_key_value_heads, x)
+        project = functools.partial(ToHeads, head_dim=config.head_dim, dtype=self.dtype)
+        query = project(config.num_attention_heads, name="q_proj")(x)
+        key = rotate(project(config.num_key_value_heads, name="k_proj")(x), cos, sin)
+        value = project(config.num_key_value_heads, name="v_proj")(x)
         own = KeyValues(checkpoint_name(key, "k"), checkpoint_name(value, "v"))
         query = checkpoint_name(rotate(query, cos, sin), "q")
         seen = own if context is None else context.followed_by(own)
@@ -76,13 +82,8 @@ class Attention(nn.Module):
         self.sow("attention", "query", query)
         self.sow("attention", "key", seen.key)
         mixed = self._attend(query, seen, mask)
-        out = nn.Dense(config.hidden_size, use_bias=False, dtype=self.dtype, name="o_proj")
-        return checkpoint_name(out(mixed.reshape(*x.shape[:-1], -1)), "out"), own
-
-    def _heads(self, name: str, count: int, x: jax.Array) -> jax.Array:
-        width = self.config.head_dim
-        projected = nn.Dense(count * width, dtype=self.dtype, name=name)(x)
-        return projected.reshape(*x.shape[:-1], count, width)
+        out = FromHeads(config.hidden_size, self.dtype, name="o_proj")(mixed)
+        return checkpoint_name(out, "out"), own
 
     def _attend(self, query: jax.Array, seen: KeyValues, mask: Mask) -> jax.Array:
         tail = self.hidden_tail
@@ -117,23 +118,22 @@ class DecoderLayer(nn.Module):
     Attributes:
       config: sizes of the language model.
       dtype: compute type.
-      hidden_tail, settled: see `DecoderStack`.
+      hidden_tail: see `DecoderStack`.
       return_key_values: whether the own keys and values are returned; unused ones would still cost memory.
     """
 
     config: TextConfig
     dtype: jnp.dtype = jnp.float32
     hidden_tail: int = 0
-    settled: int = 0
     return_key_values: bool = True
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, context: KeyValues | None, angles: jax.Array, mask: Mask
-    ) -> tuple[jax.Array, KeyValues | None]:
-        """x [B, T, D], context [B, S, K, H], angles float32[B, T, H/2], mask of S+T keys;
-        returns [B, T, D] and the own keys and values [B, T, K, H] or None."""
-        x = checkpoint_name(x, "input")
+        self, x: Tokens, context: KeyValues | None, angles: jax.Array, mask: Mask
+    ) -> tuple[Tokens, KeyValues | None]:
+        """x of T tokens, context [B, S, K, H], angles float32[B, T, H/2], mask of S+T keys;
+        returns the same tokens and the own keys and values [B, T, K, H] or None."""
+        x = jax.tree.map(lambda part: checkpoint_name(part, "input"), x)
         norm = functools.partial(RMSNorm, eps=self.config.rms_norm_eps, dtype=self.dtype)
         before_attention = norm(name="input_layernorm")
         attend = Attention(self.config, self.dtype, self.hidden_tail, name="attention")
@@ -145,17 +145,14 @@ class DecoderLayer(nn.Module):
             x = x + mixed
             return x + mlp(before_mlp(x)), own
 
-        if count := self.settled:
-            unseen = x.shape[1] - count
-            first, known = run(
-                jax.lax.stop_gradient(x[:, :count]),
-                context,
-                angles[:, :count],
-                mask.replace(key=mask.key[:, :-unseen]),
-            )
+        if isinstance(x, tuple):
+            first, rest = x
+            count, unseen = first.shape[1], rest.shape[1]
+            before = mask.replace(key=mask.key[:, :-unseen])
+            first, known = run(jax.lax.stop_gradient(first), context, angles[:, :count], before)
             seen = known if context is None else context.followed_by(known)
-            rest, own = run(x[:, count:], seen, angles[:, count:], mask)
-            x, own = jnp.concatenate([first, rest], axis=1), known.followed_by(own)
+            rest, own = run(rest, seen, angles[:, count:], mask)
+            x, own = (first, rest), known.followed_by(own)
         else:
             x, own = run(x, context, angles, mask)
         return x, own if self.return_key_values else None
@@ -231,12 +228,14 @@ class DecoderStack(nn.Module):
             config,
             self.dtype,
             hidden_tail % x.shape[1],  # a tail of all T tokens is hidden from nobody
-            settled,
             return_key_values,
             name="layers",
         )
         mask = visibility(valid, context_valid, pattern)
-        x, own = layers(x.astype(self.dtype), context, angles, mask)
+        x = x.astype(self.dtype)
+        # Apart through all layers: joined behind each, they would be cut again in front of the next.
+        x, own = layers((x[:, :settled], x[:, settled:]) if settled else x, context, angles, mask)
+        x = jnp.concatenate(x, axis=1) if settled else x
         return RMSNorm(config.rms_norm_eps, dtype=self.dtype, name="norm")(x), own
 
     def _check(self, x, position_ids, valid, context, context_valid) -> None:
