@@ -29,9 +29,10 @@ class ToHeads(nn.Module):
 
 
 class FromHeads(nn.Module):
-    """[B, T, N, H] -> [B, T, D], without a bias. Parameter: kernel [N * H, D]."""
+    """[B, T, N, H] -> [B, T, D]. Parameters: kernel [N * H, D] and, if asked for, bias [D]."""
 
     features: int
+    use_bias: bool
     dtype: jnp.dtype
 
     @nn.compact
@@ -40,4 +41,8 @@ class FromHeads(nn.Module):
         shape = (heads * head_dim, self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
         kernel = kernel.astype(self.dtype).reshape(heads, head_dim, self.features)
-        return jnp.einsum("btnh,nhd->btd", x.astype(self.dtype), kernel)
+        out = jnp.einsum("btnh,nhd->btd", x.astype(self.dtype), kernel)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+            out = out + bias.astype(self.dtype)
+        return out

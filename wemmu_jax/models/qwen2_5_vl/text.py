@@ -82,8 +82,8 @@ class Attention(nn.Module):
         self.sow("attention", "query", query)
         self.sow("attention", "key", seen.key)
         mixed = self._attend(query, seen, mask)
-        out = FromHeads(config.hidden_size, self.dtype, name="o_proj")(mixed)
-        return checkpoint_name(out, "out"), own
+        out = FromHeads(config.hidden_size, use_bias=False, dtype=self.dtype, name="o_proj")
+        return checkpoint_name(out(mixed), "out"), own
 
     def _attend(self, query: jax.Array, seen: KeyValues, mask: Mask) -> jax.Array:
         tail = self.hidden_tail

@@ -23,6 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from wemmu_jax.models.sana.config import SanaConfig
 from wemmu_jax.ops.attention import Mask, attention
 from wemmu_jax.ops.convolution import DepthwiseConv
+from wemmu_jax.ops.heads import FromHeads, ToHeads
 from wemmu_jax.ops.linear_attention import linear_attention
 from wemmu_jax.ops.norms import RMSNorm, layer_norm
 from wemmu_jax.ops.remat import remat, unroll
@@ -96,11 +97,9 @@ class CaptionProjection(nn.Module):
         return nn.Dense(self.width, dtype=self.dtype, name="linear_2")(nn.gelu(x, approximate=True))
 
 
-def _project(
-    config: SanaConfig, name: str, width: int, x: jax.Array, *, use_bias: bool, dtype: jnp.dtype
-) -> jax.Array:
+def _project(config: SanaConfig, name: str, x: jax.Array, *, dtype: jnp.dtype) -> jax.Array:
     """The linear layer `{name}_proj` and, for queries and keys of Sana 1.5, the norm `{name}_norm` over all heads."""
-    x = nn.Dense(width, use_bias=use_bias, dtype=dtype, name=f"{name}_proj")(x)
+    x = nn.Dense(config.width, use_bias=False, dtype=dtype, name=f"{name}_proj")(x)
     if config.qk_norm and name != "v":
         x = RMSNorm(eps=QK_NORM_EPS, dtype=dtype, name=f"{name}_norm")(x)
     return checkpoint_name(x, name)
@@ -120,9 +119,7 @@ class LinearAttention(nn.Module):
         """x [B, h, w, D] -> [B, h, w, D] in `dtype`."""
         config = self.config
         query, key, value = (
-            _project(config, name, config.width, x, use_bias=False, dtype=self.dtype).reshape(
-                x.shape[0], -1, config.width
-            )
+            _project(config, name, x, dtype=self.dtype).reshape(x.shape[0], -1, config.width)
             for name in "qkv"
         )
         width = config.attention_head_dim
@@ -141,17 +138,23 @@ class CrossAttention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, condition: jax.Array, mask: Mask) -> jax.Array:
         """x [B, h, w, D], condition [B, Q, D], mask over Q keys -> [B, h, w, D] in `dtype`."""
-        config = self.config
-        heads = (x.shape[0], -1, config.num_cross_attention_heads, config.cross_attention_head_dim)
+        places = x.reshape(x.shape[0], -1, x.shape[-1])
         query, key, value = (
-            _project(
-                config, name, config.cross_width, source, use_bias=True, dtype=self.dtype
-            ).reshape(heads)
-            for name, source in (("q", x), ("k", condition), ("v", condition))
+            self._heads(name, source)
+            for name, source in (("q", places), ("k", condition), ("v", condition))
         )
-        mixed = attention(query, key, value, mask=mask).reshape(*x.shape[:-1], config.cross_width)
-        out = nn.Dense(config.width, dtype=self.dtype, name="o_proj")
-        return checkpoint_name(out(mixed), "out")
+        mixed = attention(query, key, value, mask=mask)
+        out = FromHeads(self.config.width, use_bias=True, dtype=self.dtype, name="o_proj")(mixed)
+        return checkpoint_name(out.reshape(x.shape), "out")
+
+    def _heads(self, name: str, source: jax.Array) -> jax.Array:
+        """[B, S, D] -> [B, S, N, H], the norm of `_project` over all heads."""
+        config = self.config
+        sizes = (config.num_cross_attention_heads, config.cross_attention_head_dim)
+        x = ToHeads(*sizes, dtype=self.dtype, name=f"{name}_proj")(source)
+        if config.qk_norm and name != "v":
+            x = RMSNorm(eps=QK_NORM_EPS, axes=2, dtype=self.dtype, name=f"{name}_norm")(x)
+        return checkpoint_name(x, name)
 
 
 class MixFFN(nn.Module):
