@@ -114,6 +114,27 @@ def test_weights_come_to_the_rows_and_never_the_rows_to_the_weights(monkeypatch)
     assert moved(text(), rows), "the pins were not needed here, so this test shows nothing"
 
 
+@pytest.mark.parametrize("program", ["accumulate", "encode", "update"])
+def test_programs_are_compiled_with_the_devices_options(program, monkeypatch):
+    asked = []
+
+    def options(kind: str) -> dict[str, str]:
+        asked.append(kind)
+        return {"no_such_option": "1"}
+
+    monkeypatch.setattr("wemmu_jax.training.step.compiler_options", options)
+    run = small_run("frozen", 8)
+    batch = run.batch(run.square, arity=0, text_length=32)
+    lowered = {
+        "accumulate": lambda: run.accumulate(batch),
+        "encode": lambda: run.encode(run.pixels(run.square, arity=0).target),
+        "update": run.update,
+    }[program]()
+    with pytest.raises(Exception, match="no_such_option"):
+        lowered.compile()
+    assert asked == [run.trainer.mesh.devices.flat[0].device_kind]
+
+
 def kept(run: AbstractRun, arity: int) -> list[tuple[int, ...]]:
     """Shapes of what the backward pass of a micro-batch finds, but for weights and the micro-batch itself."""
     batch = run.batch(run.square, arity=arity, text_length=32)

@@ -56,6 +56,5 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 def turn(
     first: jax.Array, second: jax.Array, cos: jax.Array, sin: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The two halves of what is turned, in float32."""
-    first, second = first.astype(jnp.float32), second.astype(jnp.float32)
+    """The two halves of what is turned; all float32."""
     return first * cos - second * sin, second * cos + first * sin

@@ -57,7 +57,8 @@ def project(
     # The values by a product of their own: cut out of one of all three, they would be copied.
     joint = x @ _in_order(kernel[:, : 2 * width], heads) + _in_order(bias[: 2 * width], heads)
     value = x @ kernel[:, 2 * width :] + bias[2 * width :]
-    cut = jnp.split(joint, 4, axis=-1)
+    # Cut, and then in float32: the other way round the whole would be written in float32.
+    cut = [half.astype(jnp.float32) for half in jnp.split(joint, 4, axis=-1)]
     query, key = (
         Halves(*(half.astype(x.dtype) for half in turn(*cut[i : i + 2], *rotation))) for i in (0, 2)
     )
