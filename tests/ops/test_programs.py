@@ -34,7 +34,8 @@ def test_the_numbers_are_those_of_plain_jit():
 
 
 def test_options_are_for_the_kinds_they_were_tried_on():
-    assert compiler_options("TPU v5") == {"xla_tpu_scoped_vmem_limit_kib": "49152"}
+    for kind in ("TPU v5", "TPU v6 lite", "TPU7x"):
+        assert compiler_options(kind) == {"xla_tpu_scoped_vmem_limit_kib": "49152"}
     assert compiler_options("TPU v4") == compiler_options("cpu") == compiler_options() == {}
 
 

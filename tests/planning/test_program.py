@@ -161,6 +161,27 @@ def test_the_order_of_a_meshs_devices_belongs_to_its_groups():
     assert one.collective.groups == groups and first_group(groups) == (0, 2)
 
 
+def test_what_a_sparse_core_lays_out_anew_runs_beside_the_core():
+    """As on a TPU7x; such computations end in a line that says where they run."""
+    lines = (
+        "HloModule one",
+        "",
+        "%copied (p: bf16[64,128]) -> bf16[64,128] {",
+        "  %p = bf16[64,128]{1,0} parameter(0)",
+        "  ROOT %copy = bf16[64,128]{0,1} copy(%p)",
+        '}, execution_thread="sparsecore"',
+        "",
+        "ENTRY %main (x: bf16[64,128]) -> bf16[64,128] {",
+        "  %x = bf16[64,128]{1,0} parameter(0)",
+        "  %begun = ((bf16[64,128]{1,0}), bf16[64,128]{0,1}, u32[]{:S(8)}) call-start(%x),"
+        ' async_execution_thread="sparsecore", to_apply=%copied',
+        "  ROOT %done = bf16[64,128]{0,1} call-done(%begun)",
+        "}",
+    )
+    [(_, one)] = read_program("\n".join(lines) + "\n", lambda name, count: ()).walk()
+    assert one.work is Work.COPY and 2 * 64 * 128 * 2 <= one.bytes <= 3 * 64 * 128 * 2 + 4
+
+
 def test_what_cannot_be_read_is_an_error():
     with pytest.raises(ValueError, match="no ENTRY"):
         parse("HloModule nothing")

@@ -11,10 +11,10 @@ from wemmu_jax.ops.axes import current_platform
 _KEEP_CONVERSIONS_IN_THE_LOOP = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
 
 # KiB of a TPU's vector memory that an operation may take, where it was tried. XLA's own choice, 16 MiB on a v5p and 32
-# on a v6e, cuts products into small blocks and fetches operands anew for each: 12% of the language model's time on a
-# v5p, 16% of the ViT's on a v6e and 7% of it on a v5e, by XLA's estimate. Beyond 48 little is left for what is fetched
-# ahead.
-_VECTOR_MEMORY = dict.fromkeys(("TPU v5", "TPU v5 lite", "TPU v6 lite"), 48 * 1024)
+# on a v6e and a TPU7x, cuts products into small blocks and fetches operands anew for each: 12% of the language model's
+# time on a v5p and on a TPU7x, 16% of the ViT's on a v6e and 7% of it on a v5e, by XLA's estimate. Beyond 48 little is
+# left for what is fetched ahead.
+_VECTOR_MEMORY = dict.fromkeys(("TPU v5", "TPU v5 lite", "TPU v6 lite", "TPU7x"), 48 * 1024)
 
 
 def compiler_options(device_kind: str | None = None) -> dict[str, str]:

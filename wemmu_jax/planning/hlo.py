@@ -11,6 +11,7 @@ _BYTES = {"pred": 1, "token": 0, "s2": 1, "u2": 1, "s4": 1, "u4": 1, "c64": 8, "
 _SHAPE = re.compile(r"\b(token|pred|bf16|c64|c128|[suf]\d+\w*)\[([\d,<=]*)\]")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%([\w.\-]+) = ")
 _HEADER = re.compile(r"(ENTRY )?%([\w.\-]+) \(.*\{$")
+_END = re.compile(r'\}(, execution_thread="\w+")?')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +147,7 @@ def parse(text: str) -> Module:
             if header := _HEADER.match(line):
                 name, lines = header[2], []
                 entry = name if header[1] else entry
-        elif line == "}":
+        elif _END.fullmatch(line):
             computations[name] = _computation(name, lines)
             name = None
         elif _INSTRUCTION.match(line):

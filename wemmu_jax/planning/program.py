@@ -35,7 +35,7 @@ class Work(enum.Enum):
     CORE = "core"  # has XLA's cycles
     UNPRICED = "unpriced"  # runs on the core too, but XLA gives no cycles: costed by its bytes
     KERNEL = "kernel"  # Pallas
-    COPY = "copy"  # between memories, beside the core
+    COPY = "copy"  # between memories or by a SparseCore, beside the core
     COLLECTIVE = "collective"
 
 
@@ -159,6 +159,8 @@ def _operations(module: Module, scope: Computation, one: Instruction) -> list[Op
         moved = scope[one.operands[1]].bytes if updated else one.shapes[-2].bytes
         copy = Operation(one.opcode, one.name, one.op_name, Work.COPY, bytes=moved)
         found.append(dataclasses.replace(copy, to_host=_HOST in one.type))
+    elif one.opcode == "call-start":  # a SparseCore's: it lays data out anew
+        found.append(Operation(one.opcode, one.name, one.op_name, Work.COPY, bytes=cost["bytes"]))
     elif not found and not one.opcode.endswith("-done") and not _ends_collective(module, one):
         found.append(Operation(one.opcode, one.name, one.op_name, Work.UNPRICED, **cost))
     return found
