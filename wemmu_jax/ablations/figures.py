@@ -25,8 +25,11 @@ def curves(
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for name, (steps, values) in lines.items():
         axes.plot(steps, values, label=name, linewidth=1.2)
-    axes.set(xlabel="optimizer step", ylabel=label)
-    axes.grid(alpha=0.3)
+    axes.set(xlabel="optimizer step", ylabel=label, yscale="log")
+    # Losses fall by less than ten times, and a log axis names powers of ten alone.
+    for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        formatter("{x:g}")
+    axes.grid(alpha=0.3, which="both")
     figure.legend(loc="outside right upper", fontsize="small")
     _save(figure, path)
 

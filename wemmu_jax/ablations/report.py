@@ -7,7 +7,7 @@ everything between the marks by this module.
 import json
 import pathlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -208,12 +208,14 @@ def _attention(one: Study, results: Results) -> str:
     return f"{table(heads, rows)}\n\n{shown}\n\n{note}"
 
 
-def _curves(name: str, runs: Sequence[Run], field: str, label: str, results: Results) -> str:
+def _curves(name: str, runs: Mapping[str, Run], field: str, label: str, results: Results) -> str:
+    """The runs' losses, by the names that they have in the table."""
+
     def draw(path: pathlib.Path) -> None:
         lines = {}
-        for run in runs:
+        for shown, run in runs.items():
             steps, values = results.curve(run, field)
-            lines[f"{run.arm} {run.phase}"] = (steps, figures.smoothed(values, window=_WINDOW))
+            lines[shown] = (steps, figures.smoothed(values, window=_WINDOW))
         figures.curves(path, lines, label=label)
 
     return results.figure(name, draw)
@@ -224,19 +226,14 @@ def _last(run: Run, field: str, results: Results) -> float:
 
 
 def _connectors(one: Study, results: Results) -> str:
+    names = NAMES | {"noisy": "no VAE branch", "noisy-vae": "linear"}
+    runs = {names[run.arm]: run for run in one.runs}
     rows = [
-        [
-            "no VAE branch"
-            if run.arm == "noisy"
-            else NAMES[run.arm].replace("noisy + VAE branch", "linear"),
-            *(_last(run, f"validation/{task}", results) for task in ("Rec", "S-Edit", "T2I")),
-        ]
-        for run in one.runs
+        [name, *(_last(run, f"validation/{task}", results) for task in ("Rec", "S-Edit", "T2I"))]
+        for name, run in runs.items()
     ]
     shown = [
-        _curves(
-            f"connectors-{task}", one.runs, f"train/loss_{task}", f"training loss, {task}", results
-        )
+        _curves(f"connectors-{task}", runs, f"train/loss_{task}", f"training loss, {task}", results)
         for task in ("Rec", "S-Edit")
     ]
     heads = ["connector", "validation loss, Rec", "S-Edit", "T2I"]
@@ -245,14 +242,16 @@ def _connectors(one: Study, results: Results) -> str:
 
 def _vit(one: Study, results: Results) -> str:
     names = {"stage3": "frozen", "stage3-vit": "learns"}
-    rows = [[names[run.phase], *_edit_row(run, results)] for run in one.runs]
-    shown = _curves("vit", one.runs, "train/loss", "training loss", results)
+    runs = {names[run.phase]: run for run in one.runs}
+    rows = [[name, *_edit_row(run, results)] for name, run in runs.items()]
+    shown = _curves("vit", runs, "train/loss", "training loss", results)
     return f"{_edit_table(['ViT'], rows)}\n\n{shown}"
 
 
 def _scale(one: Study, results: Results) -> str:
-    rows = [[NAMES[run.arm], *_edit_row(run, results)] for run in one.runs]
-    shown = _curves("scale", one.runs, "train/loss", "training loss, stage 3", results)
+    runs = {NAMES[run.arm]: run for run in one.runs}
+    rows = [[name, *_edit_row(run, results)] for name, run in runs.items()]
+    shown = _curves("scale", runs, "train/loss", "training loss, stage 3", results)
     return f"{_edit_table(['queries'], rows)}\n\n{shown}"
 
 
@@ -268,29 +267,31 @@ def _stream(one: Study, results: Results) -> str:
 
 
 def _pathway(one: Study, results: Results) -> str:
+    runs = {NAMES[run.arm]: run for run in one.runs}
     rows = [
         [
-            NAMES[run.arm],
+            name,
             results.means(run)["Rec"]["overall"],
             f"{results.means(run)['Rec']['psnr']:.1f}",
             _last(run, "validation/Rec", results),
         ]
-        for run in one.runs
+        for name, run in runs.items()
     ]
-    shown = _curves("pathway", one.runs, "train/loss_Rec", "training loss, Rec", results)
+    shown = _curves("pathway", runs, "train/loss_Rec", "training loss, Rec", results)
     return f"{table(['what the DiT reads', 'scene kept', 'PSNR, dB', 'validation loss'], rows)}\n\n{shown}"
 
 
 def _losses(one: Study, results: Results) -> str:
+    runs = {run.phase: run for run in one.runs}
     rows = [
         [
-            run.phase,
+            name,
             results.means(run)["T2I"]["overall"],
             *(_last(run, f"validation/{task}", results) for task in ("T2I", "Rec")),
         ]
-        for run in one.runs
+        for name, run in runs.items()
     ]
-    shown = _curves("losses", one.runs, "train/loss_T2I", "flow matching loss, T2I", results)
+    shown = _curves("losses", runs, "train/loss_T2I", "flow matching loss, T2I", results)
     return f"{table(['loss and rows', 'T2I', 'validation loss, T2I', 'Rec'], rows)}\n\n{shown}"
 
 
