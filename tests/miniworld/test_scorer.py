@@ -63,9 +63,8 @@ def test_change_and_keeping_are_graded_apart():
     circle, star = Object("circle", "red", "top left"), Object("star", "blue", "centre")
     source = Scene("white", (circle, star))
     wanted = Object("circle", "green", "top left")
-    edit = edits.Edit(
-        "recolour", "make the circle green", "", source, Scene("white", (wanted, star))
-    )
+    target = Scene("white", (wanted, star))
+    edit = edits.Edit("recolour", "make the circle green", "", source, target, (None,))
 
     def grade(background, *objects):
         return score_edit(render(Scene(background, objects), 64, 64), edit)

@@ -8,6 +8,7 @@ import numpy as np
 
 from wemmu_jax.miniworld.edits import Change
 from wemmu_jax.miniworld.language import (
+    Named,
     Phrases,
     at_place,
     place_objects,
@@ -22,13 +23,15 @@ Combiner = Callable[[Scene, Scene, np.random.Generator], Change | None]
 
 @dataclasses.dataclass(frozen=True)
 class Composition:
-    """`instruction` leads from the two `sources` to `target`; `answer` says what it means in these scenes."""
+    """`instruction` leads from the two `sources` to `target`; `answer` says what it means in these scenes, and `named`
+    what of each it speaks of."""
 
     kind: str
     instruction: str
     answer: str
     sources: tuple[Scene, Scene]
     target: Scene
+    named: tuple[Named | None, Named | None]
 
 
 def _replace(first: Scene, second: Scene, rng: np.random.Generator) -> Change | None:
@@ -46,7 +49,7 @@ def _add(first: Scene, second: Scene, rng: np.random.Generator) -> Change | None
     new = replace(lent, place=place, offset=(0.0, 0.0))
     words = {"lent": refer(second, lent, rng), "at_place": at_place(place)}
     answer = f"{placed(words['lent'], lent)}: {placed(with_article(new.name), new)}"
-    return Change(first.add(new), words, answer)
+    return Change(first.add(new), words, answer, (None, Named(words["lent"], lent.place)))
 
 
 def _recolour(first: Scene, second: Scene, rng: np.random.Generator) -> Change | None:
@@ -60,14 +63,15 @@ def _background(first: Scene, second: Scene, rng: np.random.Generator) -> Change
     if first.background == second.background:
         return None
     answer = f"the background: {second.background}"
-    return Change(replace(first, background=second.background), {}, answer)
+    return Change(replace(first, background=second.background), {}, answer, (None, None))
 
 
 def _merge(first: Scene, second: Scene, rng: np.random.Generator) -> Change | None:
     objects = (*first.objects, *second.objects)
     if len(objects) > MAX_OBJECTS or len({item.place for item in objects}) < len(objects):
         return None
-    return Change(first.add(*second.objects), {}, f"the second image: {place_objects(second)}")
+    answer = f"the second image: {place_objects(second)}"
+    return Change(first.add(*second.objects), {}, answer, (None, None))
 
 
 def _exchange(
@@ -76,7 +80,8 @@ def _exchange(
     """`new` in place of `item`, after what `lent` of the second scene is."""
     words = {"it": refer(first, item, rng), "lent": refer(second, lent, rng)}
     found = f"{placed(words['it'], item)}, {placed(words['lent'], lent)}"
-    return Change(first.exchange(item, new), words, f"{found}: {with_article(new.name)}")
+    named = (Named(words["it"], item.place), Named(words["lent"], lent.place))
+    return Change(first.exchange(item, new), words, f"{found}: {with_article(new.name)}", named)
 
 
 KINDS: dict[str, tuple[Combiner, Phrases]] = {
@@ -188,4 +193,4 @@ def composition_of(
     if not change or change.target.split != split:
         return None
     instruction = phrases.draw(rng, split).format(**change.words)
-    return Composition(kind, instruction, change.answer, sources, change.target)
+    return Composition(kind, instruction, change.answer, sources, change.target, change.named)

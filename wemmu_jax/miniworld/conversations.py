@@ -11,7 +11,7 @@ from wemmu_jax.data.prompts import RECONSTRUCTION_PROMPT
 from wemmu_jax.miniworld import compositions, edits
 from wemmu_jax.miniworld.compositions import draw_composition
 from wemmu_jax.miniworld.edits import draw_edit
-from wemmu_jax.miniworld.language import Phrases, caption, place_objects, say, with_article
+from wemmu_jax.miniworld.language import Named, Phrases, caption, place_objects, say, with_article
 from wemmu_jax.miniworld.questions import KINDS, ask
 from wemmu_jax.miniworld.scene import Scene, Split, choose, draw_scene
 
@@ -20,15 +20,17 @@ DESCRIBE = Phrases(
     ("what do we see in the image?",),
 )
 TELL = Phrases(("what is true of the image?", "tell what the image shows"), ("tell what is true",))
-EDIT_SHARE, DESCRIBE_SHARE = 0.2, 0.5
+EDIT_SHARE, DESCRIBE_SHARE = 0.4, 0.5
 
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-    """Turns of (question, answer) after pictures of `scenes`."""
+    """Turns of (question, answer) after pictures of `scenes`; where they are instructions, `named` has what each
+    of them names in each picture."""
 
     turns: tuple[tuple[str, str], ...]
     scenes: tuple[Scene, ...] = ()
+    named: tuple[tuple[Named | None, ...], ...] = ()
 
 
 def describe(scene: Scene) -> str:
@@ -92,7 +94,8 @@ def draw_change(
     while len(changes) < turns:
         change = another(choose(rng, kinds), rng, split)
         changes += [change] if change else []
-    return Conversation(tuple((one.instruction, one.answer) for one in changes), scenes)
+    turns = tuple((one.instruction, one.answer) for one in changes)
+    return Conversation(turns, scenes, tuple(one.named for one in changes))
 
 
 def _told(

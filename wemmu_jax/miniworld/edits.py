@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from wemmu_jax.miniworld.language import Phrases, at_place, placed, refer, with_article
+from wemmu_jax.miniworld.language import Named, Phrases, at_place, placed, refer, with_article
 from wemmu_jax.miniworld.scene import (
     BACKGROUNDS,
     COLOURS,
@@ -27,17 +27,20 @@ from wemmu_jax.miniworld.scene import (
 
 @dataclasses.dataclass(frozen=True)
 class Edit:
-    """`instruction` leads from `source` to `target`; `answer` says what it means in this scene."""
+    """`instruction` leads from `source` to `target`; `answer` says what it means in this scene, and `named` what it
+    speaks of."""
 
     kind: str
     instruction: str
     answer: str
     source: Scene
     target: Scene
+    named: tuple[Named | None]
 
 
 class Change(NamedTuple):
-    """A target, the words that fill the instruction's blanks, and what the instruction means in this scene.
+    """A target, the words that fill the instruction's blanks, what the instruction means in this scene, and the object
+    of each source that it names, if it names one.
 
     The answer repeats the words for what is to change, finds its place and ends with what it becomes. Without the
     repetition the tiny VLM took any object (docs/miniworld.md).
@@ -46,6 +49,7 @@ class Change(NamedTuple):
     target: Scene
     words: dict[str, str]
     answer: str
+    named: tuple[Named | None, ...]
 
 
 Changer = Callable[[Scene, np.random.Generator], Change | None]
@@ -61,7 +65,8 @@ def _recolour(scene: Scene, rng: np.random.Generator) -> Change:
     new = replace(item, colour=other(rng, COLOURS, item.colour))
     it = refer(scene, item, rng)
     answer = f"{placed(it, item)}: {with_article(new.name)}"
-    return Change(scene.exchange(item, new), {"it": it, "colour": new.colour}, answer)
+    words = {"it": it, "colour": new.colour}
+    return Change(scene.exchange(item, new), words, answer, (Named(it, item.place),))
 
 
 def _remove(scene: Scene, rng: np.random.Generator) -> Change | None:
@@ -69,7 +74,8 @@ def _remove(scene: Scene, rng: np.random.Generator) -> Change | None:
         return None
     item = choose(rng, scene.objects)
     it = refer(scene, item, rng)
-    return Change(scene.without(item), {"it": it}, f"{placed(it, item)}: nothing")
+    named = (Named(it, item.place),)
+    return Change(scene.without(item), {"it": it}, f"{placed(it, item)}: nothing", named)
 
 
 def _add(scene: Scene, rng: np.random.Generator) -> Change | None:
@@ -77,7 +83,7 @@ def _add(scene: Scene, rng: np.random.Generator) -> Change | None:
         return None
     item = Object(choose(rng, SHAPES), choose(rng, COLOURS), choose(rng, scene.free_places))
     words = {"new": with_article(item.name), "at_place": at_place(item.place)}
-    return Change(scene.add(item), words, "{at_place}: {new}".format(**words))
+    return Change(scene.add(item), words, "{at_place}: {new}".format(**words), (None,))
 
 
 def _replace(scene: Scene, rng: np.random.Generator) -> Change:
@@ -85,7 +91,8 @@ def _replace(scene: Scene, rng: np.random.Generator) -> Change:
     new = replace(item, shape=other(rng, SHAPES, item.shape))
     it = refer(scene, item, rng)
     words = {"it": it, "shape": with_article(new.shape), "new": with_article(new.name)}
-    return Change(scene.exchange(item, new), words, f"{placed(it, item)}: {words['new']}")
+    answer = f"{placed(it, item)}: {words['new']}"
+    return Change(scene.exchange(item, new), words, answer, (Named(it, item.place),))
 
 
 def _move(scene: Scene, rng: np.random.Generator) -> Change:
@@ -94,13 +101,15 @@ def _move(scene: Scene, rng: np.random.Generator) -> Change:
     it = refer(scene, item, rng)
     words = {"it": it, "place": f"the {place}", "at_place": at_place(place)}
     answer = f"{placed(it, item)}: {words['at_place']}"
-    return Change(scene.exchange(item, replace(item, place=place)), words, answer)
+    target = scene.exchange(item, replace(item, place=place))
+    return Change(target, words, answer, (Named(it, item.place),))
 
 
 def _background(scene: Scene, rng: np.random.Generator) -> Change:
     background = other(rng, BACKGROUNDS, scene.background)
     words = {"colour": background, "background": with_article(background)}
-    return Change(replace(scene, background=background), words, f"the background: {background}")
+    answer = f"the background: {background}"
+    return Change(replace(scene, background=background), words, answer, (None,))
 
 
 KINDS: dict[str, tuple[Changer, Phrases]] = {
@@ -215,7 +224,7 @@ def edit_of(source: Scene, kind: str, rng: np.random.Generator, split: Split) ->
     if not change or change.target.split != split:
         return None
     instruction = phrases.draw(rng, split).format(**change.words)
-    return Edit(kind, instruction, change.answer, source, change.target)
+    return Edit(kind, instruction, change.answer, source, change.target, change.named)
 
 
 def change_of(scene: Scene, rng: np.random.Generator) -> Scene:

@@ -66,6 +66,13 @@ def refer(scene: Scene, item: Object, rng: np.random.Generator) -> str:
     return choose(rng, ways)
 
 
+class Named(NamedTuple):
+    """The words of an instruction that name one object of a picture, and where it is."""
+
+    words: str
+    place: str
+
+
 def placed(words: str, item: Object) -> str:
     """`words` for the object, with its place unless they tell it: "the blue star at the top left"."""
     return words if item.place in words else f"{words} {at_place(item.place)}"

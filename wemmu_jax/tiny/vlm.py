@@ -31,16 +31,18 @@ from wemmu_jax.models.wemmu.config import BridgeConfig, WeMMUConfig
 from wemmu_jax.models.wemmu.inputs import RowEncoder
 from wemmu_jax.models.wemmu.modeling import WeMMUModel
 from wemmu_jax.tiny.backbones import BRIDGE, save_backbone
+from wemmu_jax.tiny.grounding import init_places, place_labels, place_losses
 from wemmu_jax.tiny.loop import Recipe
 from wemmu_jax.tiny.pictures import batch_rng, draw_size
 from wemmu_jax.tiny.positions import begin_with_positions
 from wemmu_jax.training.optimizer import Method, OptimizerConfig
 
-ROWS, STEPS = 32, 4000
+ROWS, STEPS = 32, 6000
 # The steps up to which there are only descriptions, and from there on only statements.
 DESCRIPTIONS, STATEMENTS = 200, 500
 WORDS = (36, 60)  # of a row of statements, without a picture and with one
 TEXT_LENGTH, DESCRIPTION_LENGTH, STATEMENTS_LENGTH = 152, 72, 128
+PLACES_WEIGHT = 1.0  # of where things are that are named, beside the loss of a token
 # Share of batches with none, one and two pictures.
 _ARITIES = (0.15, 0.65, 0.2)
 HELD_OUT = 64
@@ -64,13 +66,19 @@ class Conversations:
         text_length: int = TEXT_LENGTH,
     ) -> dict[str, object]:
         """Rows with equally many pictures, all of `size`: `tokens`, `feature_index`, `position_ids`, `valid`,
-        `weights` float32[B, L] of each token as a target, `images` or None."""
+        `weights` float32[B, L] of each token as a target, `places` of `place_labels`, `images` or None."""
         records = [conversation_record(str(n), one) for n, one in enumerate(conversations)]
         rows = [
             self._rows.encode_example(make_example(Task.VQA, record), Bucket(*size), text_length)
             for record in records
         ]
         arrays = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        arrays["places"] = np.stack(
+            [
+                place_labels(row["tokens"], row["weights"], one.named, self.prompts)
+                for row, one in zip(rows, conversations, strict=True)
+            ]
+        )
         arrays["position_ids"] = np.moveaxis(arrays["position_ids"], 1, 0)
         pixels = arrays.pop("vit_pixels", None)
         images = None if pixels is None else self._rows.pack(list(np.concatenate(pixels)))
@@ -78,36 +86,42 @@ class Conversations:
 
 
 def _token_losses(model: WeMMUModel, params: Mapping, batch: Mapping) -> tuple[jax.Array, ...]:
-    """Cross-entropy, whether the likeliest token is right, and the weight, of tokens 1 to L, [B, L - 1] each."""
+    """Cross-entropy, whether the likeliest token is right, and the weight, of tokens 1 to L, [B, L - 1] each; and the
+    values of all layers."""
     x = model.embed_prompt(params, batch["tokens"], batch["feature_index"], batch["images"])
-    hidden, _ = model.text.apply(
+    hidden, key_values = model.text.apply(
         {"params": params["text"]},
         x,
         batch["position_ids"],
         valid=batch["valid"],
         pattern=Pattern.CAUSAL,
-        return_key_values=False,
+        return_key_values=True,
     )
     logits = model.text.apply({"params": params["text"]}, hidden[:, :-1], method="logits")
     targets = batch["tokens"][:, 1:]
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-    return losses, jnp.argmax(logits, axis=-1) == targets, batch["weights"][:, 1:]
+    right = jnp.argmax(logits, axis=-1) == targets
+    return losses, right, batch["weights"][:, 1:], key_values.value
 
 
 def recipe(root: pathlib.Path, *, seed: int, steps: int) -> Recipe:
-    """Next-token prediction on the answers, and a little on the users' words."""
+    """Next-token prediction on the answers, and a little on the users' words; and where what they name is."""
     data = Conversations(root)
     model = WeMMUModel(data.config, dtype=jnp.float32, remat="unrolled")
 
     def init(key: jax.Array) -> dict:
-        params = model.init_backbones(key)["vlm"]
-        return {**params, "text": begin_with_positions(params["text"], data.config.vlm.text)}
+        params, text = model.init_backbones(key)["vlm"], data.config.vlm.text
+        params = {**params, "text": begin_with_positions(params["text"], text)}
+        return {"vlm": params, "places": init_places(text)}
 
     def loss(params: Mapping, _, batch: Mapping, key: jax.Array):
-        losses, right, weights = _token_losses(model, params, batch)
+        losses, right, weights, values = _token_losses(model, params["vlm"], batch)
         answers = weights == TARGET_WEIGHTS["assistant"]
         total = jnp.sum(losses * weights) / jnp.sum(weights)
-        return total, {"answer_accuracy": jnp.sum(right & answers) / jnp.sum(answers)}
+        misplaced, placed = place_losses(params["places"], values, batch["places"])
+        accuracy = jnp.sum(right & answers) / jnp.sum(answers)
+        total = total + PLACES_WEIGHT * misplaced
+        return total, {"answer_accuracy": accuracy, "place_accuracy": placed}
 
     def batch(step: int) -> dict[str, object]:
         rng = batch_rng(seed, step)
@@ -150,7 +164,7 @@ def recipe(root: pathlib.Path, *, seed: int, steps: int) -> Recipe:
 
 def _right(model: WeMMUModel, params: Mapping, batch: Mapping) -> jax.Array:
     """bool[B]: greedy decoding would give the whole answer, since it is right wherever all before it is right."""
-    _, right, weights = _token_losses(model, params, batch)
+    _, right, weights, _ = _token_losses(model, params, batch)
     return jnp.all(right | (weights < TARGET_WEIGHTS["assistant"]), axis=1)
 
 
@@ -166,14 +180,14 @@ def _evaluate(data: Conversations, right, params: Mapping) -> dict[str, float]:
     for name, pictures in (("edit", 1), ("composition", 2)):
         asked[name] = [draw_change(rng, "held_out", pictures=pictures) for _ in range(HELD_OUT)]
     scores = {
-        name: float(np.mean(right(params, data.encode(conversations, SIZES[0]))))
+        name: float(np.mean(right(params["vlm"], data.encode(conversations, SIZES[0]))))
         for name, conversations in asked.items()
     }
     return {**scores, "mean": float(np.mean([scores[kind] for kind in KINDS]))}
 
 
 def save(params: Mapping, root: pathlib.Path) -> Mapping:
-    """Writes the weights beside the config and the tokenizer in ROOT/vlm, and returns them."""
+    """Writes the VLM's weights beside the config and the tokenizer in ROOT/vlm, and returns them."""
     config = json.loads((root / "vlm/config.json").read_text())
-    save_backbone(VLM, root, config, params)
-    return params
+    save_backbone(VLM, root, config, params["vlm"])
+    return params["vlm"]
