@@ -88,7 +88,8 @@ def place_losses(
     told = jnp.einsum("nblv,nvp->nblp", values, places["kernel"])
     told = (told + places["bias"][:, None, None]).reshape(LAYERS, *labels.shape, len(PLACES))
     known = labels != UNKNOWN
-    losses = optax.softmax_cross_entropy_with_integer_labels(told, jnp.where(known, labels, 0))
+    wanted = jnp.broadcast_to(jnp.where(known, labels, 0), told.shape[:-1])
+    losses = optax.softmax_cross_entropy_with_integer_labels(told, wanted)
     count = jnp.maximum(jnp.sum(known), 1)
     right = (jnp.argmax(told[-1], axis=-1) == labels) & known
     return jnp.sum(losses * known) / (LAYERS * count), jnp.sum(right) / count
