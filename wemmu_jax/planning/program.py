@@ -159,8 +159,10 @@ def _operations(module: Module, scope: Computation, one: Instruction) -> list[Op
         moved = scope[one.operands[1]].bytes if updated else one.shapes[-2].bytes
         copy = Operation(one.opcode, one.name, one.op_name, Work.COPY, bytes=moved)
         found.append(dataclasses.replace(copy, to_host=_HOST in one.type))
-    elif one.opcode == "call-start":  # a SparseCore's: it lays data out anew
-        found.append(Operation(one.opcode, one.name, one.op_name, Work.COPY, bytes=cost["bytes"]))
+    elif one.opcode == "call-start":  # a SparseCore lays out anew what it reads and writes
+        laid = module[one.calls]
+        both = 2 * laid[laid.root].bytes
+        found.append(Operation(one.opcode, one.name, one.op_name, Work.COPY, bytes=both))
     elif not found and not one.opcode.endswith("-done") and not _ends_collective(module, one):
         found.append(Operation(one.opcode, one.name, one.op_name, Work.UNPRICED, **cost))
     return found
