@@ -195,7 +195,7 @@ def test_remat_changes_neither_value_nor_gradient():
         policy: jax.jit(jax.value_and_grad(functools.partial(_loss, policy), argnums=(0, 1)))(
             _stack_params(), x
         )
-        for policy in ("none", "full", "dots", "named", "offload")
+        for policy in ("none", "full", "dots", "named", "without_up", "offload")
     }
     for leaf in jax.tree.leaves(value["none"][1]):
         assert np.abs(leaf).max() > 0
@@ -209,7 +209,7 @@ def test_remat_changes_neither_value_nor_gradient():
 
 def test_remat_saves_what_its_name_says(capsys):
     counts, hidden, host = {}, {}, {}
-    for policy in ("none", "full", "dots", "named", "offload"):
+    for policy in ("none", "full", "dots", "named", "without_up", "offload"):
         print_saved_residuals(
             functools.partial(_loss, policy), _stack_params(), normal((BATCH, LENGTH, 32), 11)
         )
@@ -219,9 +219,11 @@ def test_remat_saves_what_its_name_says(capsys):
         host[policy] = said.count("f32<host>[2,")
     assert counts["offload"] < counts["full"] < counts["named"] < counts["none"], counts
     assert counts["full"] < counts["dots"] < counts["none"], counts
-    assert hidden["named"] == 2 and hidden["full"] == hidden["offload"] == 0  # gate and up
+    assert counts["without_up"] == counts["named"] - 1
+    assert hidden["named"] == 2 and hidden["without_up"] == 1  # gate and up; gate
+    assert hidden["full"] == hidden["offload"] == 0
     # The layer's input, and what the two calls of attention returned.
-    assert host == {"none": 0, "full": 0, "dots": 0, "named": 0, "offload": 3}
+    assert host.pop("offload") == 3 and not any(host.values()), host
 
 
 def test_the_scan_equals_a_loop_over_its_layers():

@@ -226,7 +226,7 @@ def test_each_input_matters():
 def test_remat_changes_neither_value_nor_gradient():
     params, inputs = small()
     plain = loss_and_gradient(params, inputs, "none")
-    for policy in ("full", "named", "offload"):
+    for policy in ("full", "named", "without_up", "offload"):
         again = loss_and_gradient(params, inputs, policy)
         errors = jax.tree.map(relative, again, plain)
         assert max(jax.tree.leaves(errors)) < 1e-5, (policy, errors)

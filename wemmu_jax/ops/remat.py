@@ -17,12 +17,14 @@ import jax
 _policies = jax.checkpoint_policies
 
 _KEEP_ALL = ("none", "unrolled")
+_NAMED = ("q", "k", "v", "attended", "out", "gate", "up")
 
 # name -> what the backward pass finds saved; None saves nothing but the layer's inputs.
 _SAVEABLE: dict[str, Callable[..., bool] | None] = {
     "full": None,
     "dots": _policies.dots_with_no_batch_dims_saveable,
-    "named": _policies.save_only_these_names("q", "k", "v", "attended", "out", "gate", "up"),
+    "named": _policies.save_only_these_names(*_NAMED),
+    "without_up": _policies.save_only_these_names(*_NAMED[:-1]),
     "offload": _policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
         # 8 KB a token and layer of the expert. The products' results would be 53, and take longer on their way to the
@@ -41,8 +43,9 @@ def remat(module_class: type[nn.Module], policy: str) -> type[nn.Module]:
       module_class: a layer; the values and the gradients stay those of the plain class.
       policy: "none" and "unrolled" keep everything, "full" keeps a layer's inputs alone, "dots" keeps the products of
         activations and weights (matmuls without batch dimensions) as well, "named" what has one of the names above
-        instead, so that neither attention nor MLP runs again; "offload" keeps a layer's inputs and what attention
-        returned, both in the host's memory.
+        instead, so that neither attention nor MLP runs again; "without_up" all of them but `up`, two fifths of what
+        "named" keeps of the expert's layers and one of their products; "offload" keeps a layer's inputs and what
+        attention returned, both in the host's memory.
 
     Raises:
       ValueError: `policy` is not one of these.

@@ -56,6 +56,7 @@ class Remat(enum.StrEnum):
     FULL = "full"
     DOTS = "dots"
     NAMED = "named"
+    WITHOUT_UP = "without_up"
     OFFLOAD = "offload"
 
 
