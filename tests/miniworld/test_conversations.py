@@ -69,32 +69,29 @@ def test_changes_in_a_row_are_of_the_same_pictures(pictures):
     assert found > 60
 
 
-def test_places_are_told_from_the_words_on_that_name_an_object(data):
-    """Of one picture from the words on, of two from the end of the instruction; up to the answer, turn by turn."""
+def test_places_are_told_where_an_object_is_named_and_at_the_instructions_end(data):
+    """Of one picture at both, of two from the end alone; up to the answer, turn by turn."""
     rng, drawn = np.random.default_rng(9), {}
     for pictures in (1, 2):
         drawn[pictures] = [draw_change(rng, "train", pictures=pictures, turns=2) for _ in range(8)]
         batch = data.encode(drawn[pictures], (48, 48))
         for row, conversation in enumerate(drawn[pictures]):
             tokens, weights = batch["tokens"][row], batch["weights"][row]
-            labels = batch["places"][row]
             for picture in range(2):
-                known = labels[:, picture] >= 0
-                runs = np.flatnonzero(np.diff(np.pad(known, 1).astype(int))).reshape(-1, 2)
-                named = [one[picture] for one in conversation.named if picture < len(one)]
-                named = [one for one in named if one]
-                assert len(runs) == len(named)
-                for (start, end), one in zip(runs, named, strict=True):
-                    assert set(labels[start:end, picture]) == {PLACES.index(one.place)}
-                    assert weights[end] == TARGET_WEIGHTS["assistant"]
+                labels, wanted = batch["places"][row][:, picture], []
+                for (question, _), one in zip(conversation.turns, conversation.named, strict=True):
+                    if picture < len(one) and one[picture]:
+                        words, place = one[picture].words, PLACES.index(one[picture].place)
+                        if pictures == 1 and not question.endswith(words):
+                            wanted.append((words, place, False))
+                        wanted.append((question, place, True))
+                runs = np.flatnonzero(np.diff(np.pad(labels >= 0, 1).astype(int))).reshape(-1, 2)
+                for (start, end), (text, place, last) in zip(runs, wanted, strict=True):
+                    assert data.prompts.decode(tokens[: start + 1]).endswith(text)
+                    assert set(labels[start:end]) == {place}
+                    assert last or end - start == 1
+                    assert last == (weights[end] == TARGET_WEIGHTS["assistant"])
                     assert not (weights[start:end] == TARGET_WEIGHTS["assistant"]).any()
-                    before = data.prompts.decode(tokens[: start + 1])
-                    if pictures == 1:
-                        assert before.endswith(one.words)
-                    else:
-                        assert before.endswith(
-                            tuple(question for question, _ in conversation.turns)
-                        )
     assert {len(one.named[0]) for some in drawn.values() for one in some} == {1, 2}
 
 

@@ -2,7 +2,7 @@
 
 A large VLM knows which object "the red star" is when it has read the words. The tiny one learns from answers, finds the
 object while it answers, and leaves nothing of it to the expert, which sees what was read and no answer. So a linear map
-of the values of its last layers, which does not ship, is asked for the place from the words on.
+of the values of its last layers, which does not ship, is asked for the place at the words and at the instruction's end.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,9 +36,10 @@ def place_labels(
     named: Sequence[Sequence[Named | None]],
     prompts: PromptEncoder,
 ) -> np.ndarray:
-    """Where what a row's turns name is, at each of its tokens.
+    """Where what a row's turns name is, at the tokens that are asked for it.
 
-    Of one picture it is known from the words on; of two, only the whole instruction tells which picture they are of.
+    Of one picture the words tell it, and the end of the instruction tells it again; of two, only the whole instruction
+    tells which picture they are of. What stands between is not asked: it may be words for another place.
 
     Args:
       tokens: int[L].
@@ -47,7 +48,8 @@ def place_labels(
       prompts: whose tokens they are.
 
     Returns:
-      int32[L, PICTURES], numbers of places; UNKNOWN before the words, in the answer, and where nothing is named.
+      int32[L, PICTURES], numbers of places: at the last token of the words, and from the last one of the instruction to
+      the answer; UNKNOWN elsewhere, and where nothing is named.
 
     Raises:
       ValueError: the words are not in their turn.
@@ -59,8 +61,10 @@ def place_labels(
         said = since + np.flatnonzero(weights[since:until] == TARGET_WEIGHTS["user"])
         for picture, one in enumerate(turn):
             if one is not None:
-                last = _last(tokens[said], one.words, prompts) if len(turn) == 1 else -1
-                labels[said[last] : until, picture] = PLACES.index(one.place)
+                place = PLACES.index(one.place)
+                labels[said[-1] : until, picture] = place
+                if len(turn) == 1:
+                    labels[said[_last(tokens[said], one.words, prompts)], picture] = place
     return labels
 
 

@@ -147,7 +147,7 @@ def recipe(root: pathlib.Path, *, seed: int, steps: int) -> Recipe:
         seed=seed,
         rows=ROWS,
         optimizer=OptimizerConfig(
-            learning_rate=2e-3,
+            learning_rate=4e-3,
             warmup=min(150, steps // 10),
             steps=steps,
             weight_decay=0.01,
