@@ -31,15 +31,16 @@ from wemmu_jax.models.wemmu.config import BridgeConfig, WeMMUConfig
 from wemmu_jax.models.wemmu.inputs import RowEncoder
 from wemmu_jax.models.wemmu.modeling import WeMMUModel
 from wemmu_jax.tiny.backbones import BRIDGE, save_backbone
-from wemmu_jax.tiny.grounding import init_places, place_labels, place_losses
+from wemmu_jax.tiny.grounding import UNKNOWN, init_places, place_labels, place_losses
 from wemmu_jax.tiny.loop import Recipe
 from wemmu_jax.tiny.pictures import batch_rng, draw_size
 from wemmu_jax.tiny.positions import begin_with_positions
 from wemmu_jax.training.optimizer import Method, OptimizerConfig
 
-ROWS, STEPS = 32, 6000
-# The steps up to which there are only descriptions, and from there on only statements.
-DESCRIPTIONS, STATEMENTS = 200, 500
+ROWS, STEPS = 32, 5000
+# The steps up to which there are only descriptions, from there on only statements, and up to which no places are asked
+# for. Asked from the beginning, questions stood at .52 at step 1000 and at .58 at step 2000; without, at .67 and .89.
+DESCRIPTIONS, STATEMENTS, UNPLACED = 200, 500, 3000
 WORDS = (36, 60)  # of a row of statements, without a picture and with one
 TEXT_LENGTH, DESCRIPTION_LENGTH, STATEMENTS_LENGTH = 152, 72, 128
 PLACES_WEIGHT = 1.0  # of where things are that are named, beside the loss of a token
@@ -140,14 +141,17 @@ def recipe(root: pathlib.Path, *, seed: int, steps: int) -> Recipe:
         drawn = [
             draw_conversation(rng, "train", pictures=pictures, turns=TURNS) for _ in range(ROWS)
         ]
-        return data.encode(drawn, size)
+        encoded = data.encode(drawn, size)
+        if step <= UNPLACED:
+            encoded["places"] = np.full_like(encoded["places"], UNKNOWN)
+        return encoded
 
     return Recipe(
         name="vlm",
         seed=seed,
         rows=ROWS,
         optimizer=OptimizerConfig(
-            learning_rate=4e-3,
+            learning_rate=2e-3,
             warmup=min(150, steps // 10),
             steps=steps,
             weight_decay=0.01,
