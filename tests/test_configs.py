@@ -44,6 +44,7 @@ def test_paper_numbers(name):
     assert config.data.resolution == resolution and config.data.buckets == 9
     assert stage.loss is (Loss.CONTRASTIVE if name == "stage1" else Loss.FLOW_MATCHING)
     assert (stage.contrast, stage.shift, stage.time_law) == (0.05, 3.0, "logit_normal")
+    assert stage.draws == 1
     assert {task: w for task, w in config.data.mixture.items() if w} == MIXTURE[name]
     assert stage.ema == 0
 
@@ -203,7 +204,7 @@ def test_a_wrong_type_is_an_error(key, value):
         (
             "model.remat",
             "foo",
-            r"model\.remat='foo'; expected one of \['none', 'unrolled', 'full', 'dots', 'named', 'offload'\]",
+            r"model\.remat='foo'; expected one of \['none', 'unrolled', 'full', 'dots', 'named', 'without_up', 'offload'\]",
         ),
     ],
 )
@@ -233,6 +234,7 @@ NONSENSE = {
     "optimizer.ema": ["-0.1", "NaN"],
     "loss.contrast": ["NaN", "-0.1", "1.0"],
     "loss.shift": ["0", "NaN"],
+    "loss.draws": ["0", "-1"],
     "trainable": ["[1]", '["ab"]', '[[".*"]]', '[[".*", true, 1]]'],
     "mesh.data": ["-1"],
     "mesh.fsdp": ["0"],

@@ -99,6 +99,15 @@ def test_parts_are_the_real_ones_and_grow_with_sources():
     assert two["LLM prefill"] > one["LLM prefill"] and two["expert"] > one["expert"]
 
 
+def test_draws_are_the_dits_alone():
+    bucket = {"arity": 1, "text": 128}
+    one, four = (
+        sample_flops(MODEL, S512, learns=Learns(dit=True, branch=True, draws=n), **bucket)
+        for n in (1, 4)
+    )
+    assert four == {**one, "DiT": 4 * one["DiT"]}
+
+
 def test_buckets_of_a_stage_cost_about_the_same():
     wide = sample(MODEL, Bucket(512, 2048), 1)
     assert wide == pytest.approx(sample(MODEL, S1024, 1), rel=0.05) and wide != sample(

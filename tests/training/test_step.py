@@ -137,6 +137,37 @@ def test_contrastive_rows(stage1, accumulated):
     assert contrasted >= 12
 
 
+def test_several_draws_are_the_mean_of_single_ones(stage1, accumulated):
+    """Against one draw at a time, negatives taken from the same draw of the other row; the queries' noise is one."""
+    seen, _ = stage1
+    model, draws = seen.run.trainer.model, 3
+    stage = dataclasses.replace(seen.run.stage, draws=draws)
+    params, both, _, _ = accumulated
+    batch, tree = both[1], merge(params, seen.run.frozen)
+    rows = jax.jit(lambda tree, batch: row_losses(model, stage, tree, batch))(tree, batch)
+    velocity = jax.jit(
+        lambda noisy, sigma: step_lib.predicted_velocity(
+            model, tree, batch, noisy=noisy, sigma=sigma, seed=stage.seed
+        )[0]
+    )
+    by, singles = int(step_lib.partners(stage.seed, batch.number, 8)), []
+    for draw in range(draws):
+        numbers = draws * batch.sample_numbers + jnp.uint32(draw)
+        noise = step_lib.draw_flow_noise(stage.seed, numbers, batch.target.shape[1:])
+        sigma = step_lib.draw_sigma(stage.seed, numbers, law=stage.time_law, shift=stage.shift)
+        found = velocity(step_lib.noised(batch.target, noise, sigma), sigma)
+        target = noise - batch.target
+        pull, push = (
+            np.mean(np.square(found - other), axis=(1, 2, 3))
+            for other in (target, np.roll(target, -by, axis=0))
+        )
+        ids = np.asarray(batch.picture_ids)
+        contrasted = (ids != np.roll(ids, -by)) & ~np.asarray(batch.unconditional)
+        singles.append((pull - stage.contrast * push * contrasted, pull))
+    np.testing.assert_allclose(rows, np.mean(singles, axis=0), rtol=1e-4)
+    assert np.ptp(singles, axis=0).min() > 1e-3  # the draws differ
+
+
 def test_rows_that_draw_the_same_picture_are_never_contrasted(stage1):
     """Whatever their tasks, captions and records: a data set may give one picture several captions."""
     seen, _ = stage1

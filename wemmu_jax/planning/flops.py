@@ -126,10 +126,11 @@ def _dc_ae_block(config: DCAEConfig, stage, places: float) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Learns:
-    """Which parts have gradients for weights of their own."""
+    """Which parts have gradients for weights of their own, and how many noises a sample is learned with."""
 
     dit: bool
     branch: bool
+    draws: int = 1
 
 
 def sample_flops(
@@ -171,7 +172,7 @@ def sample_flops(
         "ViT": arity * vision_flops(config.vlm.vision, source),
         "VAE branch": 2 * arity * connector_flops(config, source),
         "Position MLP": 3 * position_mlp_flops(config, queries),
-        "DiT": (3 if learns.dit else 2) * dit_flops(config.dit, latents, queries),
+        "DiT": learns.draws * (3 if learns.dit else 2) * dit_flops(config.dit, latents, queries),
     }
     if not cached:
         flops["DC-AE encode"] = encoded

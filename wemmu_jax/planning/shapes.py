@@ -11,7 +11,7 @@ from wemmu_jax.data.pools import Pool, gather_pools
 from wemmu_jax.data.schedule import Schedule
 from wemmu_jax.data.sources import build_feeds
 from wemmu_jax.data.tasks import STAGE_TASKS, Task
-from wemmu_jax.planning.flops import Learns, sample_flops
+from wemmu_jax.planning.flops import sample_flops
 from wemmu_jax.planning.programs import Key, Setting
 
 # Sources of a task's rows where no data sets say it.
@@ -72,12 +72,11 @@ def squarest(shapes: Mapping[Shape, float], arity: int) -> Shape:
 
 def model_flops(setting: Setting, shape: Shape) -> Mapping[str, float]:
     """Part -> FLOPs of a sample."""
-    run = setting.run
     return sample_flops(
         setting.sizes,
         shape.bucket,
         arity=shape.arity,
         text=setting.text_length,
-        learns=Learns(dit="dit" in run.trainable, branch="vae_branch" in run.trainable),
+        learns=setting.run.trainer.learns,
         cached=shape.cached,
     )

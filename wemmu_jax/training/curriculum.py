@@ -124,6 +124,9 @@ def base_config() -> ml_collections.ConfigDict:
                 "contrast": 0.05,
                 "time_law": "logit_normal",
                 "shift": 3.0,
+                # Noises and times for each sample, which the DiT alone sees. 1 is the paper's; more cost little where
+                # the DiT is a small part.
+                "draws": 1,
             },
             "trainable": ALL_BUT_VLM_LEARN,
             # Patterns of paths of the bridge that are drawn anew from the seed, whatever `init` has there.
@@ -300,6 +303,7 @@ _EXPECTED: dict[str, tuple[_Test, str]] = {
         "at least 0 and below 1, or the contrastive loss has no minimum",
     ),
     "loss.shift": (_above_zero, "a finite number above 0"),
+    "loss.draws": _COUNT,
     "trainable": (_list_of(_is_rule), "a list of [pattern, true or false]"),
     "redrawn": (_list_of(_is_pattern), "a list of regular expressions"),
     "mesh.data": _COUNT_OR_ZERO,
@@ -342,6 +346,7 @@ class Stage:
     contrast: float
     time_law: TimeLaw
     shift: float
+    draws: int
     trainable: tuple[FreezeRule, ...]
     redrawn: tuple[str, ...] = ()
 
@@ -380,6 +385,7 @@ class Stage:
             contrast=loss.contrast,
             time_law=_choice(TimeLaw, "loss.time_law", loss.time_law),
             shift=loss.shift,
+            draws=loss.draws,
             trainable=tuple(FreezeRule(*rule) for rule in config.trainable),
             redrawn=tuple(config.redrawn),
         )

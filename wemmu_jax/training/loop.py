@@ -297,7 +297,7 @@ def _step(
         replaced = np.zeros(len(tasks), np.int32)
         replaced[0] = ledger.note(micro_batch)
         rows = {"tasks": tasks, "cut": micro_batch.arrays["cut"], "replaced": replaced}
-        rows |= row_work(run.trainer.model.config, run.learns, micro_batch)
+        rows |= row_work(run.trainer.model.config, run.trainer.learns, micro_batch)
         rows = on_every_process(rows, run.trainer.mesh)
         parts.append(
             _Part(

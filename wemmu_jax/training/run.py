@@ -19,7 +19,6 @@ from wemmu_jax.data.tasks import Task
 from wemmu_jax.models.wemmu.config import WeMMUConfig
 from wemmu_jax.models.wemmu.inputs import RowEncoder
 from wemmu_jax.models.wemmu.modeling import WeMMUModel
-from wemmu_jax.planning.flops import Learns
 from wemmu_jax.rng import Stream, stream_key
 from wemmu_jax.sharding.mesh import check_heads, check_rows, make_mesh
 from wemmu_jax.sharding.rules import parameter_shardings
@@ -47,12 +46,6 @@ class Run:
     held_out: MicroBatches | None
     trainable: Mapping
     frozen: Mapping
-
-    @functools.cached_property
-    def learns(self) -> Learns:
-        """Which parts have gradients, as FLOPs are counted."""
-        abstract = self.trainer.abstract
-        return Learns(dit="dit" in abstract, branch="vae_branch" in abstract)
 
     @functools.cached_property
     def validation_batches(self) -> dict[str, MicroBatch]:

@@ -20,6 +20,7 @@ from wemmu_jax.models.wemmu.batch import Sources
 from wemmu_jax.models.wemmu.modeling import WeMMUModel
 from wemmu_jax.models.wemmu.queries import draw_noise
 from wemmu_jax.ops.programs import compiler_options
+from wemmu_jax.planning.flops import Learns
 from wemmu_jax.sharding.rules import parameter_shardings, placed, replicated, rows_sharding
 from wemmu_jax.training.batch import TrainBatch
 from wemmu_jax.training.curriculum import Loss, Stage
@@ -37,7 +38,8 @@ def predicted_velocity(
     seed: int,
     frozen_vlm: bool = False,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """read, write, paint: the velocity float32[B, h, w, C], and the connector's own loss float32[B] if it has one."""
+    """read, write, paint: the velocity float32[B * D, h, w, C], and the connector's own loss float32[B] if it has one.
+    `noisy` has D draws of each row, side by side, and `sigma` their times."""
     sources = None
     if batch.images is not None:
         sources = Sources(batch.images, batch.place, batch.source_latents)
@@ -46,8 +48,14 @@ def predicted_velocity(
     condition = model.write(
         params, context, noise, grid=batch.grid, query_tokens=batch.query_tokens
     )
+    condition = jax.tree.map(lambda leaf: _repeated(leaf, len(noisy) // len(leaf)), condition)
     velocity = model.paint(params, noisy, TIMESTEPS * sigma, condition)
     return velocity, context.distillation
+
+
+def _repeated(leaf: jax.Array, draws: int) -> jax.Array:
+    """Each row `draws` times, one after the other."""
+    return leaf if draws == 1 else jnp.repeat(leaf, draws, axis=0)
 
 
 def row_losses(
@@ -58,11 +66,13 @@ def row_losses(
     *,
     frozen_vlm: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """float32[B] what is minimised, and float32[B] the plain flow matching part of it, for logs. `frozen_vlm` is for
-    gradients, see `WeMMUModel.read`."""
-    clean = batch.target
-    noise = draw_flow_noise(stage.seed, batch.sample_numbers, clean.shape[1:])
-    sigma = draw_sigma(stage.seed, batch.sample_numbers, law=stage.time_law, shift=stage.shift)
+    """float32[B] what is minimised, and float32[B] the plain flow matching part of it, for logs; of several draws of
+    noise and time their mean. `frozen_vlm` is for gradients, see `WeMMUModel.read`."""
+    draws, rows = stage.draws, len(batch.target)
+    clean, numbers = _repeated(batch.target, draws), _repeated(batch.sample_numbers, draws)
+    numbers = draws * numbers + jnp.tile(jnp.arange(draws, dtype=jnp.uint32), rows)
+    noise = draw_flow_noise(stage.seed, numbers, clean.shape[1:])
+    sigma = draw_sigma(stage.seed, numbers, law=stage.time_law, shift=stage.shift)
     velocity, distillation = predicted_velocity(
         model,
         params,
@@ -76,11 +86,15 @@ def row_losses(
     plain = flow_matching(velocity, target)
     losses = plain
     if stage.loss is Loss.CONTRASTIVE:
-        by = partners(stage.seed, batch.number, len(plain))
-        negative, contrasted = negatives(target, batch.picture_ids, batch.unconditional, by)
+        by = draws * partners(stage.seed, batch.number, rows)
+        pictures, unconditional = (
+            _repeated(leaf, draws) for leaf in (batch.picture_ids, batch.unconditional)
+        )
+        negative, contrasted = negatives(target, pictures, unconditional, by)
         losses = contrastive_flow_matching(
             velocity, target, negative, contrasted=contrasted, weight=stage.contrast
         )
+    losses, plain = (jnp.mean(each.reshape(rows, draws), axis=1) for each in (losses, plain))
     if distillation is not None:
         losses = losses + stage.bridge.distillation * distillation
     return losses, plain
@@ -114,6 +128,12 @@ class Trainer:
     stage: Stage
     mesh: Mesh
     abstract: Mapping
+
+    @property
+    def learns(self) -> Learns:
+        """What FLOPs of a sample depend on."""
+        parts = {"dit": "dit" in self.abstract, "branch": "vae_branch" in self.abstract}
+        return Learns(**parts, draws=self.stage.draws)
 
     @functools.cached_property
     def optimizer(self) -> optax.GradientTransformation:
