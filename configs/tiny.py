@@ -10,7 +10,7 @@ import ml_collections
 from configs.wemmu_3b import get_config as paper_config
 from wemmu_jax.tiny.backbones import BRIDGE
 
-STEPS = {"stage1": 1500, "stage2": 5000, "stage3": 7000, "stage4": 4000}
+STEPS = {"stage1": 1500, "stage2": 5000, "stage3": 12_000, "stage4": 7000}
 
 
 def _miniworld(split: str, size: int) -> list[dict]:
@@ -39,6 +39,8 @@ def get_config(stage: str) -> ml_collections.ConfigDict:
     # the background's colour, and it was not learned. Once it is asked, what is wrong comes from less noise as well.
     if stage in ("stage1", "stage2"):
         config.loss.shift = 6.0
+    # 1500 steps of the DiT by itself ended at .31 of prompts drawn right with one, .43 with four. The rest runs once.
+    config.loss.draws = 4
     data = config.data
     data.resolution, data.buckets, data.max_aspect, data.pad_multiple = 48, 3, 2.0, 4
     data.text_lengths = (64,)

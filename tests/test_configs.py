@@ -95,7 +95,8 @@ def test_tiny_is_the_paper_in_small(name):
     assert tiny["trainable"] == paper["trainable"]
     same = ("data.mixture.", "loss.", "optimizer.weight_decay", "optimizer.clip")
     differ = {key for key in tiny if key.startswith(same) and tiny[key] != paper[key]}
-    assert differ == ({"loss.shift"} if name in ("stage1", "stage2") else set())
+    shift = {"loss.shift"} if name in ("stage1", "stage2") else set()
+    assert differ == {"loss.draws"} | shift
     stage = Stage.from_config(config_of(name, "tiny"))
     assert stage.optimizer.steps >= 50
 
@@ -204,7 +205,7 @@ def test_a_wrong_type_is_an_error(key, value):
         (
             "model.remat",
             "foo",
-            r"model\.remat='foo'; expected one of \['none', 'unrolled', 'full', 'dots', 'named', 'without_up', 'offload'\]",
+            r"model\.remat='foo'; expected one of \['none', 'unrolled', .*'without_up', 'offload'\]",
         ),
     ],
 )
