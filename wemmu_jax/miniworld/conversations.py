@@ -60,15 +60,20 @@ def draw_statements(
 
 
 def draw_conversation(
-    rng: np.random.Generator, split: Split, *, pictures: int, turns: int
+    rng: np.random.Generator,
+    split: Split,
+    *,
+    pictures: int,
+    turns: int,
+    edit_share: float = EDIT_SHARE,
 ) -> Conversation:
     """A conversation after `pictures` pictures (0 to 2), of at most `turns` turns.
 
-    About one picture: questions, or edits and what each of them means. About two: compositions and what they mean.
-    About none: a caption that tells all, with questions on it. Every second time a description is the last turn of
-    questions; one after it could be answered without a look at the picture.
+    About one picture: questions, or, in an `edit_share` of them, edits and what each of them means. About two:
+    compositions and what they mean. About none: a caption that tells all, with questions on it. Every second time a
+    description is the last turn of questions; one after it could be answered without a look at the picture.
     """
-    if pictures == 2 or (pictures == 1 and rng.random() < EDIT_SHARE):
+    if pictures == 2 or (pictures == 1 and rng.random() < edit_share):
         return draw_change(rng, split, pictures=pictures, turns=turns)
     scene = draw_scene(rng, split)
     asked = [_question(rng, split, scene) for _ in range(turns)]

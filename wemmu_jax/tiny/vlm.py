@@ -7,6 +7,7 @@ import functools
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,15 +39,23 @@ from wemmu_jax.tiny.positions import begin_with_positions
 from wemmu_jax.training.optimizer import Method, OptimizerConfig
 
 ROWS, STEPS = 32, 5000
-# The steps up to which there are only descriptions, from there on only statements, and up to which no places are asked
-# for: asked from the beginning, questions were learned late (docs/miniworld.md).
-DESCRIPTIONS, STATEMENTS, UNPLACED = 200, 500, 3000
+# The steps up to which there are only descriptions, from there on only statements, and up to which there are few edits
+# and no places are asked for: with both from the beginning, questions were learned late (docs/miniworld.md).
+DESCRIPTIONS, STATEMENTS, QUESTIONS = 200, 500, 3000
 WORDS = (36, 60)  # of a row of statements, without a picture and with one
 TEXT_LENGTH, DESCRIPTION_LENGTH, STATEMENTS_LENGTH = 152, 72, 128
 PLACES_WEIGHT = 1.0  # of where things are that are named, beside the loss of a token
-# Share of batches with none, one and two pictures.
-_ARITIES = (0.15, 0.65, 0.2)
 HELD_OUT = 64
+
+
+class _Mix(NamedTuple):
+    """The share of batches with none, one and two pictures, and of edits in conversations about one."""
+
+    arities: tuple[float, float, float]
+    edit_share: float
+
+
+_EARLY, _LATE = _Mix((0.2, 0.7, 0.1), edit_share=0.2), _Mix((0.15, 0.65, 0.2), edit_share=0.5)
 
 
 class Conversations:
@@ -136,13 +145,17 @@ def recipe(root: pathlib.Path, *, seed: int, steps: int) -> Recipe:
                 for _ in range(ROWS)
             ]
             return data.encode(drawn, SIZES[0], text_length=STATEMENTS_LENGTH)
-        pictures = int(rng.choice(3, p=_ARITIES))
+        mix = _EARLY if step <= QUESTIONS else _LATE
+        pictures = int(rng.choice(3, p=mix.arities))
         size = draw_size(rng) if pictures == 1 else SIZES[0]
         drawn = [
-            draw_conversation(rng, "train", pictures=pictures, turns=TURNS) for _ in range(ROWS)
+            draw_conversation(
+                rng, "train", pictures=pictures, turns=TURNS, edit_share=mix.edit_share
+            )
+            for _ in range(ROWS)
         ]
         encoded = data.encode(drawn, size)
-        if step <= UNPLACED:
+        if step <= QUESTIONS:
             encoded["places"] = np.full_like(encoded["places"], UNKNOWN)
         return encoded
 
