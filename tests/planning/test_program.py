@@ -182,6 +182,25 @@ def test_what_a_sparse_core_lays_out_anew_runs_beside_the_core():
     assert one.work is Work.COPY and one.bytes == 2 * 64 * 128 * 2
 
 
+def test_slices_on_their_way_to_vector_memory_count_once():
+    """Their pieces, and not the name for them as one; in the form that the compiler writes for a large weight."""
+    line = """\
+  %start.{n} = ((s8[4096]{{0}}), s8[2048]{{0:S(1)}}, s32[]{{:S(2)}}) slice-start(%w), slice={{[{since}:{until}]}}
+  %done.{n} = s8[2048]{{0:S(1)}} slice-done(%start.{n})
+"""
+    pieces = line.format(n=1, since=2048, until=4096) + line.format(n=2, since=0, until=2048)
+    module = f"""HloModule sliced
+
+ENTRY %main (w: s8[4096]) -> bf16[2048] {{
+  %w = s8[4096]{{0}} parameter(0)
+{pieces}\
+  ROOT %whole = bf16[2048]{{0:S(1)}} custom-call(%done.1, %done.2), custom_call_target="ConcatBitcast"
+}}
+"""
+    found = list(read_program(module, lambda name, count: (1.0,) * count).walk())
+    assert [(one.work, one.bytes) for _, one in found] == [(Work.COPY, 2048)] * 2
+
+
 def test_what_cannot_be_read_is_an_error():
     with pytest.raises(ValueError, match="no ENTRY"):
         parse("HloModule nothing")

@@ -19,7 +19,9 @@ _FREE = (
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"),
     *("partition-id", "replica-id", "opt-barrier", "add-dependency", "async-done", "async-update"),
 )
-_FREE_CALLS = ("AllocateBuffer", "Sharding")
+# Slices that were copied to vector memory are whole there already, see `kConcatBitcastCustomCall` in XLA's
+# memory_space_assignment/slice.h.
+_FREE_CALLS = ("AllocateBuffer", "ConcatBitcast", "Sharding")
 _DONE = 'custom_call_target="AsyncCollectiveDone"'
 _KERNEL = "tpu_custom_call"
 _COPIES = ("copy-start", "slice-start", "dynamic-slice-start", "dynamic-update-slice-start")
