@@ -268,19 +268,12 @@ class Predicted:
 
 def test_search_finds_the_fastest_that_fits(monkeypatch):
     """Many rows are fast and take memory, fsdp=2 is best, and remat "dots" is faster than "full"."""
+    costs = {"dots": (1.1, 4), "named": (1.15, 2), "offload": (1.3, 0), "none": (1.0, 100)}
 
     def plan(of, library, processes):
         rows, fsdp, remat = of.config.batch.rows, of.config.mesh.fsdp, of.config.model.remat
         assert rows * of.config.batch.micro_batches == 2304
-        slow = {
-            "full": 1.2,
-            "dots": 1.1,
-            "named": 1.15,
-            "without_up": 1.18,
-            "offload": 1.3,
-            "none": 1.0,
-        }[remat]
-        kept = {"full": 1, "dots": 4, "named": 2, "without_up": 2, "offload": 0, "none": 100}[remat]
+        slow, kept = costs.get(remat, (1.2, 1))
         seconds = slow * (1 + 1 / rows + abs(fsdp - 2) / 10)
         if remat == "none":
             raise DoesNotFit("the compiler says no")

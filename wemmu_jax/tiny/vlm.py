@@ -40,7 +40,7 @@ from wemmu_jax.training.optimizer import Method, OptimizerConfig
 
 ROWS, STEPS = 32, 5000
 # The steps up to which there are only descriptions, from there on only statements, and up to which there are few edits
-# and no places are asked for: with both from the beginning, questions were learned late (docs/miniworld.md).
+# and no places are asked for. How soon questions are learned hangs on what edits are like (docs/miniworld.md).
 DESCRIPTIONS, STATEMENTS, QUESTIONS = 200, 500, 3000
 WORDS = (36, 60)  # of a row of statements, without a picture and with one
 TEXT_LENGTH, DESCRIPTION_LENGTH, STATEMENTS_LENGTH = 152, 72, 128
