@@ -258,6 +258,7 @@ def _settings(pair: Pair, stage: int) -> Stage:
         contrast=CONTRAST,
         time_law=TimeLaw.LOGIT_NORMAL,
         shift=3.0,
+        draws=1,
         trainable=tuple(FreezeRule(*rule) for rule in rules),
     )
 

@@ -106,66 +106,40 @@ def test_two_micro_batches_give_the_gradient_of_the_mean_and_remat_changes_nothi
 
 
 def test_contrastive_rows(stage1, accumulated):
-    """What is minimised against the plain loss and literal negatives, rows of both micro-batches."""
+    """What is minimised against the plain loss and literal negatives, rows of both micro-batches; of several noises the
+    mean, each with the negative of its own number, behind one condition."""
     seen, _ = stage1
     params, both, _, losses = accumulated
     stage, contrasted = seen.run.stage, 0
-    for batch, (found, plain) in zip(both, losses, strict=True):
-        tree = merge(params, seen.run.frozen)
-        noise = step_lib.draw_flow_noise(stage.seed, batch.sample_numbers, batch.target.shape[1:])
-        target = np.asarray(noise - batch.target)
-        sigma = step_lib.draw_sigma(
-            stage.seed, batch.sample_numbers, law=stage.time_law, shift=stage.shift
-        )
-        noisy = step_lib.noised(batch.target, noise, sigma)
-        velocity, _ = jax.jit(
-            lambda tree, batch, noisy, sigma: step_lib.predicted_velocity(
-                seen.run.trainer.model, tree, batch, noisy=noisy, sigma=sigma, seed=stage.seed
-            )
-        )(tree, batch, noisy, sigma)
-        velocity = np.asarray(velocity)
-        shift = int(step_lib.partners(stage.seed, batch.number, 8))
-        assert 1 <= shift < 8
-        for row in range(8):
-            pull = np.mean((velocity[row] - target[row]) ** 2)
-            assert float(plain[row]) == pytest.approx(pull, rel=1e-5)
-            other = (row + shift) % 8
-            push = 0.0
-            if batch.picture_ids[other] != batch.picture_ids[row] and not batch.unconditional[row]:
-                push, contrasted = np.mean((velocity[row] - target[other]) ** 2), contrasted + 1
-            assert float(found[row]) == pytest.approx(pull - 0.05 * push, rel=1e-5)
-    assert contrasted >= 12
-
-
-def test_several_draws_are_the_mean_of_single_ones(stage1, accumulated):
-    """Against one draw at a time, negatives taken from the same draw of the other row; the queries' noise is one."""
-    seen, _ = stage1
-    model, draws = seen.run.trainer.model, 3
-    stage = dataclasses.replace(seen.run.stage, draws=draws)
-    params, both, _, _ = accumulated
-    batch, tree = both[1], merge(params, seen.run.frozen)
-    rows = jax.jit(lambda tree, batch: row_losses(model, stage, tree, batch))(tree, batch)
-    velocity = jax.jit(
-        lambda noisy, sigma: step_lib.predicted_velocity(
-            model, tree, batch, noisy=noisy, sigma=sigma, seed=stage.seed
+    assert stage.draws == 4
+    velocity_of = jax.jit(
+        lambda tree, batch, noisy, sigma: step_lib.predicted_velocity(
+            seen.run.trainer.model, tree, batch, noisy=noisy, sigma=sigma, seed=stage.seed
         )[0]
     )
-    by, singles = int(step_lib.partners(stage.seed, batch.number, 8)), []
-    for draw in range(draws):
-        numbers = draws * batch.sample_numbers + jnp.uint32(draw)
-        noise = step_lib.draw_flow_noise(stage.seed, numbers, batch.target.shape[1:])
-        sigma = step_lib.draw_sigma(stage.seed, numbers, law=stage.time_law, shift=stage.shift)
-        found = velocity(step_lib.noised(batch.target, noise, sigma), sigma)
-        target = noise - batch.target
-        pull, push = (
-            np.mean(np.square(found - other), axis=(1, 2, 3))
-            for other in (target, np.roll(target, -by, axis=0))
-        )
-        ids = np.asarray(batch.picture_ids)
-        contrasted = (ids != np.roll(ids, -by)) & ~np.asarray(batch.unconditional)
-        singles.append((pull - stage.contrast * push * contrasted, pull))
-    np.testing.assert_allclose(rows, np.mean(singles, axis=0), rtol=1e-4)
-    assert np.ptp(singles, axis=0).min() > 1e-3  # the draws differ
+    for batch, (found, plain) in zip(both, losses, strict=True):
+        tree = merge(params, seen.run.frozen)
+        shift = int(step_lib.partners(stage.seed, batch.number, 8))
+        assert 1 <= shift < 8
+        pulls, pushes = np.zeros((2, 8, stage.draws))
+        for draw in range(stage.draws):
+            numbers = stage.draws * batch.sample_numbers + jnp.uint32(draw)
+            noise = step_lib.draw_flow_noise(stage.seed, numbers, batch.target.shape[1:])
+            sigma = step_lib.draw_sigma(stage.seed, numbers, law=stage.time_law, shift=stage.shift)
+            noisy = step_lib.noised(batch.target, noise, sigma)
+            velocity = np.asarray(velocity_of(tree, batch, noisy, sigma))
+            target = np.asarray(noise - batch.target)
+            for row in range(8):
+                pulls[row, draw] = np.mean((velocity[row] - target[row]) ** 2)
+                other = (row + shift) % 8
+                same = batch.picture_ids[other] == batch.picture_ids[row]
+                if not same and not batch.unconditional[row]:
+                    pushes[row, draw] = np.mean((velocity[row] - target[other]) ** 2)
+        contrasted += int(np.sum(pushes > 0)) // stage.draws
+        assert np.ptp(pulls, axis=1).min() > 1e-3, "the noises are the same"
+        assert np.asarray(plain) == pytest.approx(pulls.mean(1), rel=1e-5)
+        assert np.asarray(found) == pytest.approx((pulls - 0.05 * pushes).mean(1), rel=1e-5)
+    assert contrasted >= 12
 
 
 def test_rows_that_draw_the_same_picture_are_never_contrasted(stage1):

@@ -20,7 +20,7 @@ DESCRIBE = Phrases(
     ("what do we see in the image?",),
 )
 TELL = Phrases(("what is true of the image?", "tell what the image shows"), ("tell what is true",))
-EDIT_SHARE, DESCRIBE_SHARE = 0.3, 0.5
+EDIT_SHARE, DESCRIBE_SHARE = 0.2, 0.5
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,6 +18,7 @@ from wemmu_jax.conversion.backbones import VLM
 from wemmu_jax.data.buckets import Bucket
 from wemmu_jax.data.tasks import Task, make_example
 from wemmu_jax.miniworld.conversations import (
+    EDIT_SHARE,
     Conversation,
     draw_change,
     draw_conversation,
@@ -55,7 +56,10 @@ class _Mix(NamedTuple):
     edit_share: float
 
 
-_EARLY, _LATE = _Mix((0.2, 0.7, 0.1), edit_share=0.2), _Mix((0.15, 0.65, 0.2), edit_share=0.5)
+_EARLY, _LATE = (
+    _Mix((0.2, 0.7, 0.1), edit_share=EDIT_SHARE),
+    _Mix((0.15, 0.65, 0.2), edit_share=0.5),
+)
 
 
 class Conversations:
