@@ -66,14 +66,17 @@ def draw_conversation(
     pictures: int,
     turns: int,
     edit_share: float = EDIT_SHARE,
+    outcomes: bool = False,
 ) -> Conversation:
     """A conversation after `pictures` pictures (0 to 2), of at most `turns` turns.
 
-    About one picture: questions, or, in an `edit_share` of them, edits and what each of them means. About two:
-    compositions and what they mean. About none: a caption that tells all, with questions on it. Every second time a
-    description is the last turn of questions; one after it could be answered without a look at the picture.
+    About one picture: questions, or, in an `edit_share` of them, edits and what each of them means, or one and its
+    outcome. About two: compositions, likewise. About none: a caption that tells all, with questions on it. Every second
+    time a description is the last turn of questions; one after it could be answered without a look at the picture.
     """
     if pictures == 2 or (pictures == 1 and rng.random() < edit_share):
+        if outcomes:
+            return _draw_outcome(rng, split, pictures=pictures)
         return draw_change(rng, split, pictures=pictures, turns=turns)
     scene = draw_scene(rng, split)
     asked = [_question(rng, split, scene) for _ in range(turns)]
@@ -101,6 +104,16 @@ def draw_change(
         changes += [change] if change else []
     turns = tuple((one.instruction, one.answer) for one in changes)
     return Conversation(turns, scenes, tuple(one.named for one in changes))
+
+
+def _draw_outcome(rng: np.random.Generator, split: Split, *, pictures: int) -> Conversation:
+    """One edit, or one composition, and all that is to be known of its target."""
+    if pictures == 1:
+        edit = draw_edit(rng, split)
+        return Conversation(((edit.instruction, describe(edit.target)),), (edit.source,))
+    composition = draw_composition(rng, split)
+    turn = (composition.instruction, describe(composition.target))
+    return Conversation((turn,), composition.sources)
 
 
 def _told(

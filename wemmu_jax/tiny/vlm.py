@@ -50,15 +50,17 @@ HELD_OUT = 64
 
 
 class _Mix(NamedTuple):
-    """The share of batches with none, one and two pictures, and of edits in conversations about one."""
+    """The share of batches with none, one and two pictures, and of edits in conversations about one; and whether what
+    edits and compositions lead to is told, in place of what they mean."""
 
     arities: tuple[float, float, float]
     edit_share: float
+    outcomes: bool
 
 
 _EARLY, _LATE = (
-    _Mix((0.2, 0.7, 0.1), edit_share=EDIT_SHARE),
-    _Mix((0.15, 0.65, 0.2), edit_share=0.5),
+    _Mix((0.2, 0.7, 0.1), edit_share=EDIT_SHARE, outcomes=True),
+    _Mix((0.15, 0.65, 0.2), edit_share=0.5, outcomes=False),
 )
 
 
@@ -154,12 +156,17 @@ def recipe(root: pathlib.Path, *, seed: int, steps: int) -> Recipe:
         size = draw_size(rng) if pictures == 1 else SIZES[0]
         drawn = [
             draw_conversation(
-                rng, "train", pictures=pictures, turns=TURNS, edit_share=mix.edit_share
+                rng,
+                "train",
+                pictures=pictures,
+                turns=TURNS,
+                edit_share=mix.edit_share,
+                outcomes=mix.outcomes,
             )
             for _ in range(ROWS)
         ]
         encoded = data.encode(drawn, size)
-        if step <= QUESTIONS:
+        if mix.outcomes:
             encoded["places"] = np.full_like(encoded["places"], UNKNOWN)
         return encoded
 
