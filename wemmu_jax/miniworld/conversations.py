@@ -65,21 +65,23 @@ def draw_conversation(
     *,
     pictures: int,
     turns: int,
+    kinds: Sequence[str] = tuple(KINDS),
     edit_share: float = EDIT_SHARE,
     outcomes: bool = False,
 ) -> Conversation:
     """A conversation after `pictures` pictures (0 to 2), of at most `turns` turns.
 
-    About one picture: questions, or, in an `edit_share` of them, edits and what each of them means, or one and its
-    outcome. About two: compositions, likewise. About none: a caption that tells all, with questions on it. Every second
-    time a description is the last turn of questions; one after it could be answered without a look at the picture.
+    About one picture: questions of `kinds`, or, in an `edit_share` of them, edits and what each of them means, or one
+    and its outcome. About two: compositions, likewise. About none: a caption that tells all, with questions on it.
+    Every second time a description is the last turn of questions; one after it could be answered without a look at the
+    picture.
     """
     if pictures == 2 or (pictures == 1 and rng.random() < edit_share):
         if outcomes:
             return _draw_outcome(rng, split, pictures=pictures)
         return draw_change(rng, split, pictures=pictures, turns=turns)
     scene = draw_scene(rng, split)
-    asked = [_question(rng, split, scene) for _ in range(turns)]
+    asked = [_question(rng, split, scene, kinds) for _ in range(turns)]
     if rng.random() < DESCRIBE_SHARE:
         asked[-1] = (DESCRIBE.draw(rng, split), describe(scene))
     if pictures == 1:
@@ -125,9 +127,11 @@ def _told(
     return Conversation(((f"{told}. {question}", answer), *rest))
 
 
-def _question(rng: np.random.Generator, split: Split, scene: Scene) -> tuple[str, str]:
+def _question(
+    rng: np.random.Generator, split: Split, scene: Scene, kinds: Sequence[str] = tuple(KINDS)
+) -> tuple[str, str]:
     while True:
-        question = ask(rng, split, scene, choose(rng, KINDS))
+        question = ask(rng, split, scene, choose(rng, kinds))
         if question:
             return question.text, question.answer
 

@@ -50,17 +50,20 @@ HELD_OUT = 64
 
 
 class _Mix(NamedTuple):
-    """The share of batches with none, one and two pictures, and of edits in conversations about one; and whether what
-    edits and compositions lead to is told, in place of what they mean."""
+    """The share of batches with none, one and two pictures; of what kinds questions are; the share of edits in
+    conversations about one picture; and whether what edits and compositions lead to is told, in place of what they
+    mean."""
 
     arities: tuple[float, float, float]
+    kinds: tuple[str, ...]
     edit_share: float
     outcomes: bool
 
 
-_EARLY, _LATE = (
-    _Mix((0.2, 0.7, 0.1), edit_share=EDIT_SHARE, outcomes=True),
-    _Mix((0.15, 0.65, 0.2), edit_share=0.5, outcomes=False),
+# What takes longest to learn is asked more often at the end.
+_EARLY = _Mix((0.2, 0.7, 0.1), tuple(KINDS), edit_share=EDIT_SHARE, outcomes=True)
+_LATE = _Mix(
+    (0.15, 0.65, 0.2), (*KINDS, "count", "count", "relation"), edit_share=0.5, outcomes=False
 )
 
 
@@ -160,6 +163,7 @@ def recipe(root: pathlib.Path, *, seed: int, steps: int) -> Recipe:
                 "train",
                 pictures=pictures,
                 turns=TURNS,
+                kinds=mix.kinds,
                 edit_share=mix.edit_share,
                 outcomes=mix.outcomes,
             )
