@@ -95,6 +95,28 @@ def test_places_are_told_where_an_object_is_named_and_at_the_instructions_end(da
     assert {len(one.named[0]) for some in drawn.values() for one in some} == {1, 2}
 
 
+@pytest.mark.parametrize("pictures", [1, 2])
+def test_the_outcome_of_a_change_is_the_whole_target(pictures):
+    rng, changed = np.random.default_rng(5), 0
+    for _ in range(20):
+        drawn = draw_conversation(
+            rng, "train", pictures=pictures, turns=3, edit_share=1.0, outcomes=True
+        )
+        ((_, answer),) = drawn.turns
+        assert re.search(r" on an? \w+ background$", answer)
+        changed += answer not in map(describe, drawn.scenes)
+    assert changed == 20
+
+
+def test_questions_are_of_the_kinds_that_are_asked_for():
+    rng = np.random.default_rng(6)
+    for _ in range(20):
+        drawn = draw_conversation(
+            rng, "train", pictures=1, turns=3, kinds=("count",), edit_share=0.0
+        )
+        assert all(re.search("how many|count", question) for question, _ in drawn.turns[:-1])
+
+
 def test_without_a_picture_the_caption_comes_first():
     drawn = draw_conversation(np.random.default_rng(3), "train", pictures=0, turns=2)
     told, _, question = drawn.turns[0][0].rpartition(". ")
