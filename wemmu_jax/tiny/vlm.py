@@ -39,7 +39,7 @@ from wemmu_jax.tiny.pictures import batch_rng, draw_size
 from wemmu_jax.tiny.positions import begin_with_positions
 from wemmu_jax.training.optimizer import Method, OptimizerConfig
 
-ROWS, STEPS = 32, 5000
+ROWS, STEPS = 32, 8000
 # The steps up to which there are only descriptions, from there on only statements, and up to which there are few edits
 # and no places are asked for. How soon questions are learned hangs on what edits are like (docs/miniworld.md).
 DESCRIPTIONS, STATEMENTS, QUESTIONS = 200, 500, 3000
@@ -63,7 +63,10 @@ class _Mix(NamedTuple):
 # What takes longest to learn is asked more often at the end.
 _EARLY = _Mix((0.2, 0.7, 0.1), tuple(KINDS), edit_share=EDIT_SHARE, outcomes=True)
 _LATE = _Mix(
-    (0.15, 0.65, 0.2), (*KINDS, "count", "count", "relation"), edit_share=0.5, outcomes=False
+    (0.15, 0.65, 0.2),
+    (*KINDS, "count", "count", "relation", "existence"),
+    edit_share=0.4,
+    outcomes=False,
 )
 
 
