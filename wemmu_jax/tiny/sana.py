@@ -47,7 +47,7 @@ from wemmu_jax.tiny.pictures import batch_rng, draw_size
 from wemmu_jax.tiny.positions import begin_with_positions
 from wemmu_jax.training.optimizer import Method, OptimizerConfig
 
-ROWS, STEPS = 32, 12_000
+ROWS, STEPS = 32, 8000
 TEXT_LENGTH, READER_LAYERS = 64, 2
 # The steps up to which there are only facts, and from there on only captions that tell all, beside facts in this share
 # of the rows to the end.
@@ -201,7 +201,7 @@ def recipe(root: pathlib.Path, *, seed: int, steps: int) -> Recipe:
         seed=seed,
         rows=ROWS,
         optimizer=OptimizerConfig(
-            learning_rate=4e-3, warmup=min(100, steps // 10), steps=steps, method=Method.MUON
+            learning_rate=2e-3, warmup=min(100, steps // 10), steps=steps, method=Method.MUON
         ),
         ema=0.999,
         init=painter.init,
