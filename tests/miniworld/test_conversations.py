@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 
+from wemmu_jax.miniworld.compositions import draw_composition
 from wemmu_jax.miniworld.conversations import (
     TELL,
     Conversation,
@@ -14,6 +15,7 @@ from wemmu_jax.miniworld.conversations import (
     draw_conversation,
     draw_statements,
 )
+from wemmu_jax.miniworld.edits import draw_edit
 from wemmu_jax.miniworld.language import at_place
 from wemmu_jax.miniworld.scene import PLACES, Object, Scene
 from wemmu_jax.models.qwen2_5_vl.answers import TARGET_WEIGHTS
@@ -97,15 +99,19 @@ def test_places_are_told_where_an_object_is_named_and_at_the_instructions_end(da
 
 @pytest.mark.parametrize("pictures", [1, 2])
 def test_the_outcome_of_a_change_is_the_whole_target(pictures):
-    rng, changed = np.random.default_rng(5), 0
-    for _ in range(20):
+    for seed in range(20):
+        rng, again = np.random.default_rng(seed), np.random.default_rng(seed)
         drawn = draw_conversation(
             rng, "train", pictures=pictures, turns=3, edit_share=1.0, outcomes=True
         )
-        ((_, answer),) = drawn.turns
-        assert re.search(r" on an? \w+ background$", answer)
-        changed += answer not in map(describe, drawn.scenes)
-    assert changed == 20
+        if pictures == 1:
+            again.random()  # decides for an edit
+            change = draw_edit(again, "train")
+            assert drawn.scenes == (change.source,)
+        else:
+            change = draw_composition(again, "train")
+            assert drawn.scenes == change.sources
+        assert drawn.turns == ((change.instruction, describe(change.target)),)
 
 
 def test_questions_are_of_the_kinds_that_are_asked_for():

@@ -110,12 +110,9 @@ def draw_change(
 
 def _draw_outcome(rng: np.random.Generator, split: Split, *, pictures: int) -> Conversation:
     """One edit, or one composition, and all that is to be known of its target."""
-    if pictures == 1:
-        edit = draw_edit(rng, split)
-        return Conversation(((edit.instruction, describe(edit.target)),), (edit.source,))
-    composition = draw_composition(rng, split)
-    turn = (composition.instruction, describe(composition.target))
-    return Conversation((turn,), composition.sources)
+    change = draw_edit(rng, split) if pictures == 1 else draw_composition(rng, split)
+    scenes = (change.source,) if pictures == 1 else change.sources
+    return Conversation(((change.instruction, describe(change.target)),), scenes)
 
 
 def _told(

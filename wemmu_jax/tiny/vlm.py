@@ -33,15 +33,15 @@ from wemmu_jax.models.wemmu.config import BridgeConfig, WeMMUConfig
 from wemmu_jax.models.wemmu.inputs import RowEncoder
 from wemmu_jax.models.wemmu.modeling import WeMMUModel
 from wemmu_jax.tiny.backbones import BRIDGE, save_backbone
-from wemmu_jax.tiny.grounding import UNKNOWN, init_places, place_labels, place_losses
+from wemmu_jax.tiny.grounding import init_places, place_labels, place_losses
 from wemmu_jax.tiny.loop import Recipe
 from wemmu_jax.tiny.pictures import batch_rng, draw_size
 from wemmu_jax.tiny.positions import begin_with_positions
 from wemmu_jax.training.optimizer import Method, OptimizerConfig
 
 ROWS, STEPS = 32, 8000
-# The steps up to which there are only descriptions, from there on only statements, and up to which there are few edits
-# and no places are asked for. How soon questions are learned hangs on what edits are like (docs/miniworld.md).
+# The steps up to which there are only descriptions, from there on only statements, and up to which there are few edits,
+# answered with their outcomes, which ask for no places. How soon questions are learned hangs on it (docs/miniworld.md).
 DESCRIPTIONS, STATEMENTS, QUESTIONS = 200, 500, 3000
 WORDS = (36, 60)  # of a row of statements, without a picture and with one
 TEXT_LENGTH, DESCRIPTION_LENGTH, STATEMENTS_LENGTH = 152, 72, 128
@@ -172,10 +172,7 @@ def recipe(root: pathlib.Path, *, seed: int, steps: int) -> Recipe:
             )
             for _ in range(ROWS)
         ]
-        encoded = data.encode(drawn, size)
-        if mix.outcomes:
-            encoded["places"] = np.full_like(encoded["places"], UNKNOWN)
-        return encoded
+        return data.encode(drawn, size)
 
     return Recipe(
         name="vlm",
