@@ -23,9 +23,12 @@ SIZES, SHARES = ((48, 48), (32, 64), (64, 32)), (0.6, 0.2, 0.2)
 Drawn = tuple[str, tuple[Scene, ...], Scene]  # text, sources, target
 
 
-def _caption(rng: np.random.Generator, split: Split) -> Drawn:
-    # Left to chance, few captions tell a relation or count shapes, and fewer tell all of a scene, which teaches most:
-    # two fifths are of GenEval's kinds, three tenths complete.
+def draw_captioned(rng: np.random.Generator, split: Split) -> Drawn:
+    """A caption and its scene, as a model learns text to image from.
+
+    Left to chance, few captions tell a relation or count shapes, and fewer tell all of a scene, which teaches most: two
+    fifths are of GenEval's kinds, three tenths complete.
+    """
     kind = rng.random()
     if kind < 0.4:
         prompt, scene = draw_prompt(rng, split)
@@ -45,7 +48,7 @@ def _composition(rng: np.random.Generator, split: Split) -> Drawn:
     return composition.instruction, composition.sources, composition.target
 
 
-_DRAW = {"caption": _caption, "edit": _edit, "composition": _composition}
+_DRAW = {"caption": draw_captioned, "edit": _edit, "composition": _composition}
 KINDS: tuple[Kind, ...] = (*_DRAW, "conversation")
 
 
