@@ -16,8 +16,8 @@ from wemmu_jax.conversion.backbones import DC_AE, DIT, VLM
 from wemmu_jax.conversion.convert import convert
 from wemmu_jax.conversion.memory import flatten
 from wemmu_jax.conversion.weights import Weights
-from wemmu_jax.tiny import loop
-from wemmu_jax.tiny.backbones import load_backbone
+from wemmu_jax.tiny import loop, sana
+from wemmu_jax.tiny.backbones import load_backbone, write_configs
 from wemmu_jax.tiny.card import describe
 from wemmu_jax.tiny.loop import Recipe, pretrain
 from wemmu_jax.training.optimizer import OptimizerConfig
@@ -115,6 +115,19 @@ def test_saved_backbones_are_read_back_bit_for_bit(tmp_path):
         for path, leaf in flatten(load_backbone(backbone, tmp_path)).items():
             stored = weights.load_leaf(f"{backbone.prefix}/{path}", dtype=jnp.float32)
             np.testing.assert_array_equal(leaf, np.asarray(stored))
+
+
+def test_a_config_that_is_there_stays_and_latents_of_a_wrong_size_are_refused(tmp_path):
+    """A DC-AE's weights that were put beside a fresh config were once trained on, an eighth of their size."""
+    write_backbones(tmp_path, ["a red circle"] * 10, seed=3)
+    path = tmp_path / DC_AE.folder / "config.json"
+    path.write_text(path.read_text().replace('"scaling_factor": 0.2', '"scaling_factor": 0.025'))
+    (tmp_path / "vlm/config.json").unlink()
+    write_configs(tmp_path, ["a red circle"] * 10)
+    assert json.loads(path.read_text())["scaling_factor"] == 0.025
+    assert (tmp_path / "vlm/config.json").exists()
+    with pytest.raises(ValueError, match="scaling_factor: expected latents"):
+        sana.recipe(tmp_path, seed=0, steps=10)
 
 
 @pytest.mark.slow

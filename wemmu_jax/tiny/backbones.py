@@ -149,7 +149,8 @@ def load_backbone(backbone: Backbone, root: pathlib.Path) -> dict:
 
 
 def write_configs(root: pathlib.Path, texts: Iterable[str]) -> None:
-    """Writes ROOT/vlm and ROOT/sana without weights, with a tokenizer learned from `texts`."""
+    """Writes ROOT/vlm and ROOT/sana without weights, with a tokenizer learned from `texts`. A config that is there
+    stays, for it belongs to the weights beside it."""
     vlm = root / "vlm"
     tokenizer = train_tokenizer(texts, vocab_size=VOCABULARY, folder=vlm)
     special = tokenizer.get_added_vocab()
@@ -174,4 +175,5 @@ def write_configs(root: pathlib.Path, texts: Iterable[str]) -> None:
 
 def _write(path: pathlib.Path, content: Mapping) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    if not path.exists():
+        path.write_text(json.dumps(content, indent=2) + "\n")
