@@ -99,13 +99,16 @@ def test_parts_are_the_real_ones_and_grow_with_sources():
     assert two["LLM prefill"] > one["LLM prefill"] and two["expert"] > one["expert"]
 
 
-def test_draws_are_the_dits_alone():
+def test_draws_are_the_dits_alone_and_share_a_condition():
     bucket = {"arity": 1, "text": 128}
     one, four = (
         sample_flops(MODEL, S512, learns=Learns(dit=True, branch=True, draws=n), **bucket)
         for n in (1, 4)
     )
-    assert four == {**one, "DiT": 4 * one["DiT"]}
+    rows, columns = MODEL.query_grid(512, 512)
+    condition = 3 * flops.dit_flops(MODEL.dit, 0, rows * columns, draws=0)
+    assert 0 < condition < 0.3 * one["DiT"]
+    assert four == {**one, "DiT": pytest.approx(4 * one["DiT"] - 3 * condition)}
 
 
 def test_buckets_of_a_stage_cost_about_the_same():

@@ -66,16 +66,16 @@ def position_mlp_flops(config: WeMMUConfig, queries: int) -> float:
     return 2.0 * queries * (2 * width * hidden + hidden * config.dit.caption_channels)
 
 
-def dit_flops(config: SanaConfig, tokens: int, queries: int) -> float:
-    """The DiT's forward pass over T latent tokens."""
+def dit_flops(config: SanaConfig, tokens: int, queries: int, *, draws: int = 1) -> float:
+    """The DiT's forward pass over T latent tokens of each draw; all draws of a sample share its condition."""
     width, cross, ffn = config.width, config.cross_width, config.ffn_width
     head = config.attention_head_dim
     token = 4 * width**2 + 2 * width * head + 2 * width * cross + 3 * width * ffn + 9 * 2 * ffn
-    layer = tokens * (token + 2 * queries * cross) + queries * 2 * width * cross
+    layer = draws * tokens * (token + 2 * queries * cross) + queries * 2 * width * cross
     caption = queries * (config.caption_channels * width + width**2)
     ends = tokens * width * (config.in_channels + config.out_channels)
     time = TIME_CHANNELS * width + width**2 + 6 * width**2
-    return 2.0 * (config.num_layers * layer + caption + ends + time)
+    return 2.0 * (config.num_layers * layer + caption + draws * (ends + time))
 
 
 def encode_flops(config: DCAEConfig, height: int, width: int) -> float:
@@ -172,7 +172,8 @@ def sample_flops(
         "ViT": arity * vision_flops(config.vlm.vision, source),
         "VAE branch": 2 * arity * connector_flops(config, source),
         "Position MLP": 3 * position_mlp_flops(config, queries),
-        "DiT": learns.draws * (3 if learns.dit else 2) * dit_flops(config.dit, latents, queries),
+        "DiT": (3 if learns.dit else 2)
+        * dit_flops(config.dit, latents, queries, draws=learns.draws),
     }
     if not cached:
         flops["DC-AE encode"] = encoded

@@ -177,13 +177,13 @@ def recipe(root: pathlib.Path, *, seed: int, steps: int) -> Recipe:
     _check_latents(painter.model, frozen, root)
 
     def loss(params: Mapping, frozen: Mapping, batch: Mapping, key: jax.Array):
-        told = painter.model.encode(frozen, batch["pixels"]), painter.told(params, batch)
-        clean, condition = jax.tree.map(lambda leaf: jnp.repeat(leaf, DRAWS, axis=0), told)
+        clean = jnp.repeat(painter.model.encode(frozen, batch["pixels"]), DRAWS, axis=0)
         numbers = jnp.arange(len(clean), dtype=jnp.uint32)
         noise = draw_flow_noise(key, numbers, clean.shape[1:])
         sigma = draw_sigma(key, numbers, law=TimeLaw.LOGIT_NORMAL, shift=SHIFT)
         noisy = noised(clean, noise, sigma)
-        velocity = painter.model.paint(params, noisy, TIMESTEPS * sigma, condition)
+        told = painter.told(params, batch)
+        velocity = painter.model.paint(params, noisy, TIMESTEPS * sigma, told)
         return jnp.mean(flow_matching(velocity, target_velocity(clean, noise))), {}
 
     def batch(step: int) -> dict[str, np.ndarray]:

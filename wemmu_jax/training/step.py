@@ -48,7 +48,6 @@ def predicted_velocity(
     condition = model.write(
         params, context, noise, grid=batch.grid, query_tokens=batch.query_tokens
     )
-    condition = jax.tree.map(lambda leaf: _repeated(leaf, len(noisy) // len(leaf)), condition)
     velocity = model.paint(params, noisy, TIMESTEPS * sigma, condition)
     return velocity, context.distillation
 

@@ -137,8 +137,8 @@ class CrossAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, condition: jax.Array, mask: Mask) -> jax.Array:
-        """x [B, h, w, D], condition [B, Q, D], mask over Q keys -> [B, h, w, D] in `dtype`."""
-        places = x.reshape(x.shape[0], -1, x.shape[-1])
+        """x [B, h, w, D], condition [B / n, Q, D], mask over Q keys -> [B, h, w, D] in `dtype`."""
+        places = x.reshape(condition.shape[0], -1, x.shape[-1])
         query, key, value = (
             self._heads(name, source)
             for name, source in (("q", places), ("k", condition), ("v", condition))
@@ -192,7 +192,7 @@ class Block(nn.Module):
 
         Args:
           x: [B, h, w, D].
-          condition: [B, Q, D], projected and normed.
+          condition: [B / n, Q, D], projected and normed.
           mask: over the Q condition tokens; hides padding.
           modulation: float32[B, 6, D] of `TimeEmbedding`.
 
@@ -257,8 +257,9 @@ class SanaTransformer(nn.Module):
         Args:
           latents: [B, h, w, C], noisy.
           timestep: float32[B], 1000 sigma, 0 to 1000, continuous.
-          condition: [B, Q, caption width].
-          condition_valid: bool[B, Q], False where the condition is padding.
+          condition: [B / n, Q, caption width]; each row is of n pictures side by side, as when several draws of noise
+            are made of one sample.
+          condition_valid: bool[B / n, Q], False where the condition is padding.
 
         Returns:
           float32[B, h, w, C].

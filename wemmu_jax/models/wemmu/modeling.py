@@ -265,7 +265,8 @@ class WeMMUModel:
     def paint(
         self, params: Params, latents: jax.Array, timestep: jax.Array, condition: Condition
     ) -> jax.Array:
-        """Sana's velocity: latents float32[B, h, w, C], timestep float32[B] in 0..1000 -> [B, h, w, C]."""
+        """Sana's velocity: latents float32[B, h, w, C], timestep float32[B] in 0..1000 -> [B, h, w, C]. A condition of
+        fewer rows is of several latents side by side."""
         return self.dit.apply(
             {"params": params["dit"]}, latents, timestep, condition.tokens, condition.valid
         )
