@@ -34,7 +34,15 @@ from wemmu_jax.diffusion.solvers import Solver, solve
 from wemmu_jax.miniworld.language import complete_caption
 from wemmu_jax.miniworld.prompts import CATEGORIES, draw_prompt
 from wemmu_jax.miniworld.renderer import render
-from wemmu_jax.miniworld.scene import BACKGROUNDS, COLOURS, PLACES, SHAPES, Scene, draw_scene
+from wemmu_jax.miniworld.scene import (
+    BACKGROUNDS,
+    COLOURS,
+    PLACES,
+    SHAPES,
+    Scene,
+    choose,
+    draw_scene,
+)
 from wemmu_jax.miniworld.scorer import score_prompt
 from wemmu_jax.miniworld.sources import SIZES, draw_captioned
 from wemmu_jax.models.qwen2_5_vl.text import Pattern, TextModel
@@ -47,12 +55,13 @@ from wemmu_jax.tiny.pictures import batch_rng, draw_size
 from wemmu_jax.tiny.positions import begin_with_positions
 from wemmu_jax.training.optimizer import Method, OptimizerConfig
 
-ROWS, STEPS = 32, 8000
+ROWS, STEPS = 32, 16_000
 TEXT_LENGTH, READER_LAYERS = 64, 2
 # The steps up to which there are only facts; only captions that tell all, beside facts in this share of the rows; and
 # any captions, beside the same facts. What is late to be learned is that places agree on what a caption leaves open:
-# from there on no facts, and half of the captions are of GenEval's kinds, beside those among any.
-FACTS, COMPLETE, ANY, FACTS_SHARE = 500, 1300, 3000, 0.25
+# from there on no facts, and half of the captions are of these kinds, beside those among any.
+FACTS, COMPLETE, ANY, FACTS_SHARE = 500, 1300, 2000, 0.25
+HARD = (*CATEGORIES, "two objects", "counting", "position", "position")
 UNCONDITIONAL_SHARE = 0.1
 SHIFT, GUIDANCE, SOLVER_STEPS = 6.0, 3.0, 20
 DRAWS = 4  # of noise and time for each scene; one cost half as much
@@ -236,7 +245,7 @@ def _captioned(rng: np.random.Generator, step: int) -> tuple[str, Scene]:
         scene = draw_scene(rng, "train")
         return complete_caption(scene, rng, "train"), scene
     if step > ANY and rng.integers(2):
-        prompt, scene = draw_prompt(rng, "train")
+        prompt, scene = draw_prompt(rng, "train", choose(rng, HARD))
         return prompt.text, scene
     text, _, scene = draw_captioned(rng, "train")
     return text, scene
