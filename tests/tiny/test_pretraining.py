@@ -120,6 +120,7 @@ def test_saved_backbones_are_read_back_bit_for_bit(tmp_path):
 def test_a_config_that_is_there_stays_and_latents_of_a_wrong_size_are_refused(tmp_path):
     """A DC-AE's weights that were put beside a fresh config were once trained on, an eighth of their size."""
     write_backbones(tmp_path, ["a red circle"] * 10, seed=3)
+    sana.recipe(tmp_path, seed=0, steps=10)  # as they are, they are accepted
     path = tmp_path / DC_AE.folder / "config.json"
     path.write_text(path.read_text().replace('"scaling_factor": 0.2', '"scaling_factor": 0.025'))
     (tmp_path / "vlm/config.json").unlink()
