@@ -44,8 +44,7 @@ def test_the_vlm_answers_as_the_card_says(monkeypatch):
     monkeypatch.setattr(vlm, "HELD_OUT", 32)
     told, params = _read(VLM)
     found = vlm.recipe(BACKBONES, seed=0, steps=10).evaluate({"vlm": params})
-    # The card is of before edits and compositions were asked for.
-    assert found.keys() - told.keys() <= {"edit", "composition"} and told.keys() <= found.keys()
+    assert found.keys() == told.keys()
     assert abs(found["mean"] - told["mean"]) < 0.05
 
 
