@@ -19,13 +19,17 @@ _LINES = {"vae": "tab:blue", "text": "tab:red", "template": "tab:green"}
 
 
 def curves(
-    path: pathlib.Path, lines: Mapping[str, tuple[Sequence[int], Sequence[float]]], *, label: str
+    path: pathlib.Path,
+    lines: Mapping[str, tuple[Sequence[int], Sequence[float]]],
+    *,
+    label: str,
+    scale: str = "log",
 ) -> None:
-    """One line for each name: (steps, values)."""
+    """One line for each name: (steps, values). `scale` as in matplotlib: "log" for losses, "linear" for shares."""
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for name, (steps, values) in lines.items():
         axes.plot(steps, values, label=name, linewidth=1.2)
-    axes.set(xlabel="optimizer step", ylabel=label, yscale="log")
+    axes.set(xlabel="optimizer step", ylabel=label, yscale=scale)
     # Losses fall by less than ten times, and a log axis names powers of ten alone.
     for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         formatter("{x:g}")

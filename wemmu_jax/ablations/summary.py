@@ -82,7 +82,8 @@ def backbones_section(folder: pathlib.Path, pictures: pathlib.Path) -> str:
             name: (steps, values) for name, (steps, values) in scores.items() if max(values) <= 1
         }
         label = f"{one['backbone']}: held-out share right"
-        shown.append(_figure(pictures / f"backbone-{one['backbone']}.png", shares, label))
+        path = pictures / f"backbone-{one['backbone']}.png"
+        shown.append(_figure(path, shares, label, scale="linear"))
     return "\n".join([*lines, "", *shown])
 
 
@@ -118,7 +119,8 @@ def stages_section(folder: pathlib.Path, pictures: pathlib.Path) -> str:
         rows.append(row)
     heads = ["stage", "optimizer steps", "samples", "samples a second", "minutes", *_TASKS]
     label = "validation loss; stages 1 to 4"
-    shown = _figure(pictures / "stages.png", {k: v for k, v in losses.items() if v[0]}, label)
+    lines = {task: points for task, points in losses.items() if points[0]}
+    shown = _figure(pictures / "stages.png", lines, label, scale="log")
     said = (
         "The last columns are flow matching losses of held-out samples at the end of a stage; in each the optimizer's "
         "rate falls to 0. Made by `launch/stages.sh configs/tiny.py` and `wemmu miniworld report stages`."
@@ -130,6 +132,6 @@ def _values(found: Mapping[int, Mapping], field: str) -> dict[int, float]:
     return {step: row[field] for step, row in found.items() if field in row}
 
 
-def _figure(path: pathlib.Path, lines: Mapping[str, Sequence], label: str) -> str:
-    figures.curves(path, lines, label=label)
+def _figure(path: pathlib.Path, lines: Mapping[str, Sequence], label: str, scale: str) -> str:
+    figures.curves(path, lines, label=label, scale=scale)
     return f"![{path.stem}]({path.parent.name}/{path.name})"
