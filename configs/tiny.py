@@ -17,6 +17,8 @@ def _miniworld(split: str, size: int) -> list[dict]:
     common = {"type": "miniworld", "seed": 0, "size": size, "split": split}
     return [
         {"name": "scenes", "tasks": ("T2I", "Uncond", "Rec"), "kind": "caption", **common},
+        # Half of what is drawn from text: seen as often as the other captions, relations would hardly be learned.
+        {"name": "prompts", "tasks": ("T2I",), "kind": "prompt", **common},
         {"name": "scene edits", "tasks": ("S-Edit",), "kind": "edit", **common},
         {"name": "compositions", "tasks": ("M-Edit",), "kind": "composition", **common},
     ]

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -11,15 +11,19 @@ from wemmu_jax.miniworld.compositions import draw_composition
 from wemmu_jax.miniworld.conversations import Conversation, draw_conversation
 from wemmu_jax.miniworld.edits import draw_edit
 from wemmu_jax.miniworld.language import caption, complete_caption
-from wemmu_jax.miniworld.prompts import draw_prompt
+from wemmu_jax.miniworld.prompts import CATEGORIES, draw_prompt
 from wemmu_jax.miniworld.renderer import render
-from wemmu_jax.miniworld.scene import SPLITS, Scene, Split, draw_scene
+from wemmu_jax.miniworld.scene import SPLITS, Scene, Split, choose, draw_scene
 
-Kind = Literal["caption", "edit", "composition", "conversation"]
+# A kind's number begins its random stream, so a new kind comes last.
+Kind = Literal["caption", "edit", "composition", "conversation", "prompt"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 TURNS = 4  # the most of a conversation
 # (height, width) of a scene as such, and the shares of these: squares most of the time, for a model of few pixels has
 # to learn each shape on its own.
 SIZES, SHARES = ((48, 48), (32, 64), (64, 32)), (0.6, 0.2, 0.2)
+# GenEval's kinds; what is learned last, for objects have to agree on it, is asked more often.
+PROMPTS = (*CATEGORIES, "two objects", "counting", "position", "position")
 Drawn = tuple[str, tuple[Scene, ...], Scene]  # text, sources, target
 
 
@@ -38,6 +42,12 @@ def draw_captioned(rng: np.random.Generator, split: Split) -> Drawn:
     return say_all(scene, rng, split), (), scene
 
 
+def draw_prompted(rng: np.random.Generator, split: Split) -> Drawn:
+    """A prompt of GenEval's kinds and a scene that it fits."""
+    prompt, scene = draw_prompt(rng, split, choose(rng, PROMPTS))
+    return prompt.text, (), scene
+
+
 def _edit(rng: np.random.Generator, split: Split) -> Drawn:
     edit = draw_edit(rng, split)
     return edit.instruction, (edit.source,), edit.target
@@ -48,8 +58,12 @@ def _composition(rng: np.random.Generator, split: Split) -> Drawn:
     return composition.instruction, composition.sources, composition.target
 
 
-_DRAW = {"caption": draw_captioned, "edit": _edit, "composition": _composition}
-KINDS: tuple[Kind, ...] = (*_DRAW, "conversation")
+_DRAW = {
+    "caption": draw_captioned,
+    "edit": _edit,
+    "composition": _composition,
+    "prompt": draw_prompted,
+}
 
 
 def _picture(scene: Scene) -> Picture:

@@ -40,11 +40,10 @@ from wemmu_jax.miniworld.scene import (
     PLACES,
     SHAPES,
     Scene,
-    choose,
     draw_scene,
 )
 from wemmu_jax.miniworld.scorer import score_prompt
-from wemmu_jax.miniworld.sources import SIZES, draw_captioned
+from wemmu_jax.miniworld.sources import SIZES, draw_captioned, draw_prompted
 from wemmu_jax.models.qwen2_5_vl.text import Pattern, TextModel
 from wemmu_jax.models.wemmu.config import BridgeConfig, WeMMUConfig
 from wemmu_jax.models.wemmu.inputs import RowEncoder
@@ -59,9 +58,8 @@ ROWS, STEPS = 32, 16_000
 TEXT_LENGTH, READER_LAYERS = 64, 2
 # The steps up to which there are only facts; only captions that tell all, beside facts in this share of the rows; and
 # any captions, beside the same facts. What is late to be learned is that places agree on what a caption leaves open:
-# from there on no facts, and half of the captions are of these kinds, beside those among any.
+# from there on no facts, and half of the captions are prompts of GenEval's kinds, beside those among any.
 FACTS, COMPLETE, ANY, FACTS_SHARE = 500, 1300, 2000, 0.25
-HARD = (*CATEGORIES, "two objects", "counting", "position", "position")
 UNCONDITIONAL_SHARE = 0.1
 SHIFT, GUIDANCE, SOLVER_STEPS = 6.0, 3.0, 20
 DRAWS = 4  # of noise and time for each scene; one cost half as much
@@ -244,10 +242,8 @@ def _captioned(rng: np.random.Generator, step: int) -> tuple[str, Scene]:
     if step <= COMPLETE:
         scene = draw_scene(rng, "train")
         return complete_caption(scene, rng, "train"), scene
-    if step > ANY and rng.integers(2):
-        prompt, scene = draw_prompt(rng, "train", choose(rng, HARD))
-        return prompt.text, scene
-    text, _, scene = draw_captioned(rng, "train")
+    draw = draw_prompted if step > ANY and rng.integers(2) else draw_captioned
+    text, _, scene = draw(rng, "train")
     return text, scene
 
 
