@@ -16,8 +16,11 @@ from tests.cli.conftest import STEP
 from wemmu_jax import WeMMU
 from wemmu_jax.cli.main import main
 from wemmu_jax.conversion.bridge import load_bridge, save_bridge
+from wemmu_jax.conversion.convert import convert
+from wemmu_jax.conversion.export import export_backbones
 from wemmu_jax.conversion.memory import flatten
 from wemmu_jax.conversion.weights import Weights
+from wemmu_jax.diffusion.guidance import Scales
 from wemmu_jax.models.wemmu.config import BridgeConfig, Connector, QueryKind, WeMMUConfig
 from wemmu_jax.models.wemmu.modeling import WeMMUModel
 from wemmu_jax.training.origin import Origin
@@ -56,6 +59,30 @@ def test_the_solver_takes_the_shift_of_the_scheduler(converted, tmp_path):
     file.write_text(json.dumps({**config, "flow_shift": "six"}))
     with pytest.raises(ValueError, match=r"scheduler_config\.json: flow_shift: .* found 'six'"):
         WeMMU.without_weights(tmp_path / "copy")
+
+
+def test_a_model_may_have_scales_of_its_own(backbones, tmp_path):
+    shutil.copytree(backbones / "sana", tmp_path / "sana")
+    file = tmp_path / "sana/guidance.json"
+    file.write_text('{"generate": 1.5, "edit": 5}')
+    convert(backbones / "vlm", tmp_path / "sana", tmp_path / "out")
+    export_backbones(tmp_path / "out", tmp_path / "back")
+    assert (tmp_path / "back/sana/guidance.json").read_text() == file.read_text()
+    assert WeMMU.without_weights(tmp_path / "out").scales == Scales(generate=1.5, edit=5.0)
+    copy = tmp_path / "out/sana/guidance.json"
+    copy.unlink()
+    assert WeMMU.without_weights(tmp_path / "out").scales == Scales(4.0, 2.0, 3.0, 3.0, 2.0)
+    for text, message in (
+        (
+            '{"generated": 2}',
+            r"guidance\.json: unknown keys \['generated'\]; known: \['generate', ",
+        ),
+        ('{"edit": true}', r"guidance\.json: edit: expected a finite number, found True"),
+        ('{"edit": NaN}', r"guidance\.json: edit: expected a finite number, found nan"),
+    ):
+        copy.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            WeMMU.without_weights(tmp_path / "out")
 
 
 def test_export_of_converted_weights(wemmu, converted, tmp_path, backbones):

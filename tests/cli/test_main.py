@@ -1,5 +1,6 @@
 """The frame around the commands: speed, exit codes, messages."""
 
+import dataclasses
 import errno
 import inspect
 import subprocess
@@ -13,6 +14,7 @@ from wemmu_jax.cli import chat
 from wemmu_jax.cli.main import COMMANDS, main
 from wemmu_jax.cli.overrides import take_overrides
 from wemmu_jax.cli.requests import GUIDANCE, STEPS
+from wemmu_jax.diffusion.guidance import Scales
 
 
 @pytest.mark.parametrize("words", [["--help"], ["chat", "--help"], ["train", "--help"]])
@@ -136,12 +138,13 @@ def test_overrides_without_key_or_value(words):
         take_overrides(words)
 
 
-def test_scales_are_those_of_the_class():
+def test_options_are_those_of_the_class():
     for task, scales in GUIDANCE.items():
         parameters = inspect.signature(getattr(wemmu_jax.WeMMU, task)).parameters
         assert parameters["steps"].default == STEPS
-        found = {name: p.default for name, p in parameters.items() if name.endswith("guidance")}
-        assert found == scales
+        assert [name for name in parameters if name.endswith("guidance")] == list(scales)
+    fields = [field for scales in GUIDANCE.values() for field in scales.values()]
+    assert sorted(fields) == sorted(field.name for field in dataclasses.fields(Scales))
 
 
 def test_evaluate_prints_a_table(monkeypatch, wemmu, converted):

@@ -1,5 +1,6 @@
 """generate, edit, compose, reconstruct: pictures, their metadata, and what cannot be drawn."""
 
+import dataclasses
 import json
 import os
 
@@ -10,6 +11,7 @@ from PIL import Image
 import wemmu_jax
 from wemmu_jax import WeMMU
 from wemmu_jax.cli.pictures import targets
+from wemmu_jax.diffusion.guidance import Scales, edit_guidance, request_guidance
 from wemmu_jax.shipped import MODEL
 from wemmu_jax.training.origin import Origin
 
@@ -68,7 +70,7 @@ def test_generate(wemmu, workdir, tmp_path):
         "seed": "5",
         "number": "0",
         "steps": "2",
-        "guidance": "4.0",
+        "guidance": "2.0",
         "checkpoint": str(workdir),
         "weights": Origin(workdir).identity,
         "dtype": "bfloat16",
@@ -225,6 +227,28 @@ def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
 def test_arguments_that_no_picture_has(model, how, error, message):
     with pytest.raises(error, match=message):
         model.generate("a red circle", **how)
+
+
+def test_scales_that_nobody_names_are_those_of_the_model(model, monkeypatch):
+    found, picture = [], Image.fromarray(gradient())
+    own = dataclasses.replace(
+        model, scales=Scales(1.5, image=0.5, edit=2.5, compose=3.5, reconstruct=4.5)
+    )
+    monkeypatch.setattr(WeMMU, "draw", lambda *_, guidance, **__: found.append(guidance) or [None])
+    own.generate("x")
+    own.edit(picture, "x")
+    own.compose([picture, picture], "x")
+    own.reconstruct(picture)
+    own.generate("x", guidance=0.0)
+    own.edit(picture, "x", edit_guidance=0.0)
+    assert found == [
+        request_guidance(1.5),
+        edit_guidance(image=0.5, edit=2.5),
+        request_guidance(3.5),
+        request_guidance(4.5),
+        request_guidance(0.0),
+        edit_guidance(image=0.5, edit=0.0),
+    ]
 
 
 def test_arguments_of_the_other_calls(model):

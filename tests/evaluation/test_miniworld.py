@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from wemmu_jax.diffusion.guidance import PAPER
 from wemmu_jax.evaluation.baselines import baselines
 from wemmu_jax.evaluation.miniworld import (
     DRAWING_TASKS,
@@ -21,6 +22,7 @@ class Copier:
     """Draws the first source again, or nothing."""
 
     default_size = 64
+    scales = PAPER
 
     def draw(self, requests, *, size, guidance, seed, steps):
         blank = Image.new("RGB", size[::-1], "white")

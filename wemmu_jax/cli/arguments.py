@@ -79,9 +79,9 @@ def add_canvas(parser: argparse.ArgumentParser, task: str) -> None:
         parser.add_argument(side, type=whole(1), metavar="PIXELS")
     add_seed(parser)
     add_steps(parser)
-    for name, scale in GUIDANCE[task].items():
+    for name in GUIDANCE[task]:
         flag = "--" + name.replace("_", "-")
-        parser.add_argument(flag, type=finite, default=scale, help=f"(default: {scale})")
+        parser.add_argument(flag, type=finite, help="scale (default: the model's own)")
 
 
 def add_images(parser: argparse.ArgumentParser, *, required: bool) -> None:

@@ -98,9 +98,7 @@ def _job(line: Line, bare: "WeMMU", args: argparse.Namespace, answers: Answers) 
         }
         return Job(line, asked, answers.has(asked))
     size = request.size(bare)
-    settings = request.settings(
-        size, checkpoint=args.checkpoint, weights=bare.identity, dtype=args.dtype
-    )
+    settings = request.settings(size, bare, checkpoint=args.checkpoint, dtype=args.dtype)
     if args.overwrite or not target.exists():
         return Job(line, settings, done=False)
     found = settings_of(target)

@@ -26,8 +26,6 @@ def draw_one(args: argparse.Namespace, task: str, instruction: str) -> None:
     save(
         picture,
         path,
-        request.settings(
-            size, checkpoint=args.checkpoint, weights=model.identity, dtype=args.dtype
-        ),
+        request.settings(size, model, checkpoint=args.checkpoint, dtype=args.dtype),
     )
     print(path)

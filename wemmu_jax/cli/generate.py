@@ -32,8 +32,6 @@ def run(args: argparse.Namespace) -> None:
     )
     for number, (request, path, picture) in enumerate(zip(requests, paths, pictures, strict=True)):
         size = (picture.height, picture.width)
-        settings = request.settings(
-            size, checkpoint=args.checkpoint, weights=model.identity, dtype=args.dtype
-        )
+        settings = request.settings(size, model, checkpoint=args.checkpoint, dtype=args.dtype)
         save(picture, path, {**settings, "number": str(number)})
         print(path)

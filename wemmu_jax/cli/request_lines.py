@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from wemmu_jax.cli.pictures import check_target
-from wemmu_jax.cli.requests import GUIDANCE, SEEDS, TASKS, Request
+from wemmu_jax.cli.requests import SEEDS, TASKS, Request
 
 CHAT = "chat"
 ANSWERS = "answers.jsonl"
@@ -110,7 +110,7 @@ def _line(number: int, text: str, folder: pathlib.Path, out: pathlib.Path, steps
         width=row.get("width"),
         seed=row.get("seed", 0),
         steps=steps,
-        guidance=GUIDANCE.get(task, {}),
+        guidance={},
     )
     return Line(number, request, _target(task, row.get("output_image"), out))
 

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from wemmu_jax.inference.pipeline import WeMMU
 
 STEPS = 20
-# Scales of each task: its keyword arguments in `WeMMU`, and their defaults there.
-GUIDANCE: Mapping[str, Mapping[str, float]] = {
-    "generate": {"guidance": 4.0},
-    "edit": {"image_guidance": 2.0, "edit_guidance": 3.0},
-    "compose": {"guidance": 3.0},
-    "reconstruct": {"guidance": 2.0},
+# Each task's keyword arguments in `WeMMU`, and the model's scale (`diffusion.guidance.Scales`) that each is by default.
+GUIDANCE: Mapping[str, Mapping[str, str]] = {
+    "generate": {"guidance": "generate"},
+    "edit": {"image_guidance": "image", "edit_guidance": "edit"},
+    "compose": {"guidance": "compose"},
+    "reconstruct": {"guidance": "reconstruct"},
 }
 TASKS = (*GUIDANCE, "chat")
 SEEDS = 2**32
@@ -39,7 +39,7 @@ class Request:
       height, width: pixels, None for the task's default.
       seed: of all noise.
       steps: of the solver.
-      guidance: the task's scales.
+      guidance: the task's scales; one that is missing or None is the model's own.
     """
 
     task: str
@@ -49,7 +49,7 @@ class Request:
     width: int | None
     seed: int
     steps: int
-    guidance: Mapping[str, float]
+    guidance: Mapping[str, float | None]
 
     def __post_init__(self) -> None:
         check_images(self.task, len(self.images))
@@ -73,9 +73,11 @@ class Request:
                 return model.reconstruct(self.images[0], **how)
 
     def settings(
-        self, size: tuple[int, int], *, checkpoint: str, weights: str, dtype: str
+        self, size: tuple[int, int], model: "WeMMU", *, checkpoint: str, dtype: str
     ) -> dict[str, str]:
-        """All that is needed to draw the picture again, as the PNG's metadata. `weights`: `WeMMU.identity`."""
+        """All that is needed to draw the picture again, as the PNG's metadata. The model needs no weights."""
+        given = {name: scale for name, scale in self.guidance.items() if scale is not None}
+        own = {name: getattr(model.scales, field) for name, field in GUIDANCE[self.task].items()}
         values: dict[str, Any] = {
             "task": self.task,
             "prompt": self.instruction,
@@ -84,9 +86,10 @@ class Request:
             "width": size[1],
             "seed": self.seed,
             "steps": self.steps,
-            **self.guidance,
+            **own,
+            **given,
             "checkpoint": pathlib.Path(checkpoint),
-            "weights": weights,
+            "weights": model.identity,
             "dtype": dtype,
             "wemmu": wemmu_jax.__version__,
         }

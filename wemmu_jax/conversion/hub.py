@@ -10,6 +10,7 @@ VLM_FILES = ("*.safetensors", "*.json", "*.txt", "*.jinja")
 # Sana's own text encoder (5 GB) and tokenizer are not needed: WeMMU's queries take their place.
 SANA_FILES = (
     "model_index.json",
+    "guidance.json",
     "scheduler/*.json",
     *(
         f"{part}/*.{suffix}"

@@ -6,10 +6,14 @@ knows: it is handed one velocity function. B batch, C channels.
 
 import dataclasses
 import enum
+import math
+import pathlib
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+
+from wemmu_jax.files import read_object
 
 
 class Branch(enum.StrEnum):
@@ -48,6 +52,42 @@ def edit_guidance(*, image: float, edit: float) -> Guidance:
     return _guidance(nothing=1 - image, source=image - edit, request=edit)
 
 
+@dataclasses.dataclass(frozen=True)
+class Scales:
+    """How strongly a model is guided where a request does not say; the paper's, unless the model has its own.
+
+    Attributes:
+      generate: text to image.
+      image: an edit's, towards its source.
+      edit: an edit's, towards the instruction.
+      compose: several images.
+      reconstruct: the same image again.
+    """
+
+    generate: float = 4.0
+    image: float = 2.0
+    edit: float = 3.0
+    compose: float = 3.0
+    reconstruct: float = 2.0
+
+    @classmethod
+    def read(cls, file: pathlib.Path) -> "Scales":
+        """A JSON object with any of these scales; the others, and all without such a file, are the paper's.
+
+        Raises:
+          ValueError: it is none, has an unknown key, or a scale is not a finite number.
+        """
+        found = read_object(file) if file.exists() else {}
+        known = [field.name for field in dataclasses.fields(cls)]
+        if unknown := sorted(set(found) - set(known)):
+            raise ValueError(f"{file}: unknown keys {unknown}; known: {known}")
+        for name, scale in found.items():
+            if type(scale) not in (int, float) or not math.isfinite(scale):
+                raise ValueError(f"{file}: {name}: expected a finite number, found {scale!r}")
+        return cls(**{name: float(scale) for name, scale in found.items()})
+
+
+PAPER = Scales()
 Velocity = Callable[[jax.Array, jax.Array], jax.Array]
 
 

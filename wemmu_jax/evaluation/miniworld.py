@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from wemmu_jax.data.prompts import RECONSTRUCTION_PROMPT
-from wemmu_jax.diffusion.guidance import Guidance, edit_guidance, request_guidance
+from wemmu_jax.diffusion.guidance import Guidance, Scales, edit_guidance, request_guidance
 from wemmu_jax.inference.pipeline import WeMMU
 from wemmu_jax.inference.requests import DrawingRequest
 from wemmu_jax.miniworld import compositions, edits, prompts, questions, scorer
@@ -64,18 +64,24 @@ def _composition_case(rng: np.random.Generator, kind: str) -> Case:
 
 @dataclasses.dataclass(frozen=True)
 class DrawingTask:
-    """The kinds of a task, how one of its cases is drawn from a random stream, and the paper's guidance for it."""
+    """The kinds of a task, how one of its cases is drawn from a random stream, and its guidance by a model's scales."""
 
     kinds: Sequence[str]
     case: Callable[[np.random.Generator, str], Case]
-    guidance: Guidance
+    guidance: Callable[[Scales], Guidance]
 
 
 DRAWING_TASKS = {
-    "T2I": DrawingTask(tuple(prompts.CATEGORIES), _caption_case, request_guidance(4.0)),
-    "S-Edit": DrawingTask(tuple(edits.KINDS), _edit_case, edit_guidance(image=2.0, edit=3.0)),
-    "Rec": DrawingTask(("scene",), _reconstruction_case, request_guidance(2.0)),
-    "M-Edit": DrawingTask(tuple(compositions.KINDS), _composition_case, request_guidance(3.0)),
+    "T2I": DrawingTask(
+        tuple(prompts.CATEGORIES), _caption_case, lambda s: request_guidance(s.generate)
+    ),
+    "S-Edit": DrawingTask(
+        tuple(edits.KINDS), _edit_case, lambda s: edit_guidance(image=s.image, edit=s.edit)
+    ),
+    "Rec": DrawingTask(("scene",), _reconstruction_case, lambda s: request_guidance(s.reconstruct)),
+    "M-Edit": DrawingTask(
+        tuple(compositions.KINDS), _composition_case, lambda s: request_guidance(s.compose)
+    ),
 }
 CHAT = "chat"
 TASKS = (*DRAWING_TASKS, CHAT)
@@ -170,7 +176,7 @@ def _draw(
     pictures = model.draw(
         [DrawingRequest(c.text, tuple(show(s, side) for s in c.sources)) for c in asked],
         size=(side, side),
-        guidance=DRAWING_TASKS[task].guidance,
+        guidance=DRAWING_TASKS[task].guidance(model.scales),
         seed=seed,
         steps=steps,
     )

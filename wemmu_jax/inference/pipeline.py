@@ -18,7 +18,7 @@ from PIL import Image
 
 from wemmu_jax.data.prompts import RECONSTRUCTION_PROMPT
 from wemmu_jax.diffusion import guidance as guides
-from wemmu_jax.diffusion.guidance import Guidance
+from wemmu_jax.diffusion.guidance import PAPER, Guidance, Scales
 from wemmu_jax.diffusion.solvers import Solver
 from wemmu_jax.files import read_object
 from wemmu_jax.inference.requests import (
@@ -54,6 +54,7 @@ class WeMMU:
       batch_size: how many pictures are drawn at a time; which pictures they are does not depend on it.
       solver: how the flow is integrated.
       shift: moves the solver's times towards noise; `flow_shift` of the DiT's scheduler, Sana's 3.
+      scales: of guidance, for requests that name none; those of the file sana/guidance.json, else the paper's.
       identity: which weights these are, see `Origin.identity`; empty for weights that come from memory.
     """
 
@@ -63,6 +64,7 @@ class WeMMU:
     batch_size: int = 4
     solver: Solver = Solver.DPM_SOLVER_PP
     shift: float = SHIFT
+    scales: Scales = PAPER
     identity: str = ""
 
     @classmethod
@@ -109,7 +111,9 @@ class WeMMU:
     ) -> "WeMMU":
         """A model around weights that are in memory; `backbones` is the converted folder with the tokenizer."""
         requests = RequestEncoder.load(backbones, model.config)
-        return cls(model, params, requests, shift=_flow_shift(pathlib.Path(backbones)))
+        sana = pathlib.Path(backbones) / "sana"
+        scales = Scales.read(sana / "guidance.json")
+        return cls(model, params, requests, shift=_flow_shift(sana), scales=scales)
 
     @property
     def default_size(self) -> int:
@@ -126,7 +130,7 @@ class WeMMU:
         width: int | None = None,
         seed: int = 0,
         steps: int = 20,
-        guidance: float = 4.0,
+        guidance: float | None = None,
     ) -> list[Image.Image]:
         """Text to image (paper, Eq. 5). Picture i is number i under `seed`.
 
@@ -135,7 +139,7 @@ class WeMMU:
           height, width: pixels, multiples of the autoencoder's ratio; the DiT's own size by default.
           seed: the same seed gives the same pictures.
           steps: of the solver.
-          guidance: scale; 1 is the plain conditional.
+          guidance: scale; 1 is the plain conditional. The model's own (`scales`) by default, here and below.
 
         Raises:
           ValueError: a size that cannot be drawn, or a prompt past 512 tokens.
@@ -143,7 +147,7 @@ class WeMMU:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         size = self.requests.output_size((), height, width)
         requests = [DrawingRequest(prompt) for prompt in prompts]
-        scale = guides.request_guidance(guidance)
+        scale = guides.request_guidance(_or(guidance, self.scales.generate))
         return self.draw(requests, size=size, guidance=scale, seed=seed, steps=steps)
 
     def edit(
@@ -155,13 +159,15 @@ class WeMMU:
         width: int | None = None,
         seed: int = 0,
         steps: int = 20,
-        image_guidance: float = 2.0,
-        edit_guidance: float = 3.0,
+        image_guidance: float | None = None,
+        edit_guidance: float | None = None,
     ) -> Image.Image:
         """Edits one picture (Eq. 6); its size is the bucket nearest to the source unless one is given."""
         source = opened_picture(image)
         size = self.requests.output_size((source,), height, width)
-        guidance = guides.edit_guidance(image=image_guidance, edit=edit_guidance)
+        guidance = guides.edit_guidance(
+            image=_or(image_guidance, self.scales.image), edit=_or(edit_guidance, self.scales.edit)
+        )
         request = DrawingRequest(instruction, (source,))
         return self.draw([request], size=size, guidance=guidance, seed=seed, steps=steps)[0]
 
@@ -174,14 +180,14 @@ class WeMMU:
         width: int | None = None,
         seed: int = 0,
         steps: int = 20,
-        guidance: float = 3.0,
+        guidance: float | None = None,
     ) -> Image.Image:
         """One picture out of several (Eq. 7); its size is the bucket nearest to the first unless one is given."""
         sources = tuple(opened_picture(image) for image in images)
         if len(sources) < 2:
             raise ValueError(f"compose needs at least 2 pictures, found {len(sources)}")
         size = self.requests.output_size(sources, height, width)
-        scale = guides.request_guidance(guidance)
+        scale = guides.request_guidance(_or(guidance, self.scales.compose))
         request = DrawingRequest(instruction, sources)
         return self.draw([request], size=size, guidance=scale, seed=seed, steps=steps)[0]
 
@@ -193,12 +199,12 @@ class WeMMU:
         width: int | None = None,
         seed: int = 0,
         steps: int = 20,
-        guidance: float = 2.0,
+        guidance: float | None = None,
     ) -> Image.Image:
         """The same picture again: the reconstruction branch of Eq. 6 alone."""
         source = opened_picture(image)
         size = self.requests.output_size((source,), height, width)
-        scale = guides.request_guidance(guidance)
+        scale = guides.request_guidance(_or(guidance, self.scales.reconstruct))
         request = DrawingRequest(RECONSTRUCTION_PROMPT, (source,))
         return self.draw([request], size=size, guidance=scale, seed=seed, steps=steps)[0]
 
@@ -318,8 +324,12 @@ class WeMMU:
         return inputs.prompt, Sources(inputs.images, inputs.place, latents)
 
 
-def _flow_shift(backbones: pathlib.Path) -> float:
-    file = backbones / "sana/scheduler/scheduler_config.json"
+def _or(scale: float | None, default: float) -> float:
+    return default if scale is None else scale
+
+
+def _flow_shift(sana: pathlib.Path) -> float:
+    file = sana / "scheduler/scheduler_config.json"
     shift = read_object(file).get("flow_shift", SHIFT) if file.exists() else SHIFT
     if type(shift) not in (int, float) or not 0 < shift < math.inf:
         raise ValueError(f"{file}: flow_shift: expected a finite number above 0, found {shift!r}")
