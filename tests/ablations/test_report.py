@@ -19,7 +19,7 @@ GRADED = tuple(name for name in STUDIES if name not in ("stream", "attention"))
 TASKS = ("T2I", "Rec", "S-Edit", "M-Edit")
 
 
-def write_run(out, run, tasks) -> None:
+def write_run(out, run, tasks, backbones="0a1b") -> None:
     """The grades and the metrics of a run."""
     if tasks:
         evaluate(Copier(), out / f"grades/{run}", count=1, seed=REQUESTS_SEED, steps=1, tasks=tasks)
@@ -31,6 +31,7 @@ def write_run(out, run, tasks) -> None:
         {"step": s, "train/loss": x, **{f"train/loss_{t}": x for t in TASKS}} for s, x in losses
     ]
     lines += [{"step": 3, **{f"validation/{task}": 2.5 for task in TASKS}}]
+    (folder / "run.json").write_text(json.dumps({"fingerprint": backbones}))
     (folder / "run_description.json").write_text('{"code": "0.1.0 at 1a2b3c4"}')
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -123,6 +124,17 @@ def test_scores_are_kept_for_machines_that_ran_other_seeds(tmp_path):
     run["trained"] = "stage3 1 x 1"  # of a recipe of before
     (pictures / "scores.json").write_text(json.dumps(kept))
     assert "over seeds 1." in report("queries", Results(tmp_path / "nobody", "full", pictures))
+
+
+def test_scores_of_other_backbones_are_not_kept(tmp_path):
+    one, pictures = study("queries", budget="full"), tmp_path / "docs/miniworld"
+    for seed, backbones in ((0, "0a1b"), (1, "2c3d")):
+        for run in one.runs[4 * seed : 4 * seed + 4]:
+            write_run(tmp_path / f"{backbones}/full", run, one.graded[run], backbones)
+    assert "over seeds 0." in report("queries", Results(tmp_path / "0a1b", "full", pictures))
+    assert "over seeds 1." in report("queries", Results(tmp_path / "2c3d", "full", pictures))
+    kept = json.loads((pictures / "scores.json").read_text())["full"]
+    assert {found["backbones"] for found in kept.values()} == {"2c3d"} and len(kept) == 4
 
 
 def test_all_sections_are_written_but_those_that_were_not_run(results, tmp_path, capsys):

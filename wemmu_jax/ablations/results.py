@@ -53,16 +53,22 @@ class Results:
         return {task: scores[task] | _fields(found) for task, found in rows.items()}
 
     def keep(self, runs: Iterable[Run]) -> None:
-        """Keeps the scores of those that are in the folder, with what they were trained on and by which code."""
+        """Keeps the scores of those that are in the folder, with what they were trained on and by which code. What was
+        kept of other backbones goes: no table compares the two."""
         file = self.pictures / KEPT
         kept = read_object(file) if file.exists() else {}
         ours = kept.setdefault(self.name, {})
         for run in runs:
             if self._grades(run).exists():
-                described = read_object(self.out / f"runs/{run}/run_description.json")
+                folder = self.out / f"runs/{run}"
+                backbones = read_object(folder / "run.json", keys=["fingerprint"])["fingerprint"]
+                ours = {
+                    name: one for name, one in ours.items() if one.get("backbones") == backbones
+                }
                 ours[str(run)] = {
                     **self._setting(run),
-                    "code": described["code"],
+                    "backbones": backbones,
+                    "code": read_object(folder / "run_description.json")["code"],
                     "means": self.means(run),
                 }
         kept[self.name] = dict(sorted(ours.items()))
