@@ -112,7 +112,7 @@ SCHEDULER_CONFIG = {
     "flow_shift": 6.0,
     "solver_order": 2,
 }
-# Of 1, 1.5, 2, 3 and 4, with which most of what is drawn from text is right; the more, the worse shapes are counted.
+# Of 1, 1.5, 2, 3 and 4 the one with which most prompts are drawn rightly; the more, the worse shapes are counted.
 GUIDANCE = {"generate": 2.0}
 
 
