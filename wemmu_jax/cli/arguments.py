@@ -81,7 +81,9 @@ def add_canvas(parser: argparse.ArgumentParser, task: str) -> None:
     add_steps(parser)
     for name in GUIDANCE[task]:
         flag = "--" + name.replace("_", "-")
-        parser.add_argument(flag, type=finite, help="scale (default: the model's own)")
+        parser.add_argument(
+            flag, type=finite, help="scale (default: the model's own, else the paper's)"
+        )
 
 
 def add_images(parser: argparse.ArgumentParser, *, required: bool) -> None:
