@@ -9,6 +9,7 @@ import numpy as np
 from wemmu_jax.data.records import Picture, Record, Turn
 from wemmu_jax.miniworld.compositions import draw_composition
 from wemmu_jax.miniworld.conversations import Conversation, draw_conversation
+from wemmu_jax.miniworld.edits import KINDS as EDITS
 from wemmu_jax.miniworld.edits import draw_edit
 from wemmu_jax.miniworld.language import caption, complete_caption
 from wemmu_jax.miniworld.prompts import CATEGORIES, draw_prompt
@@ -22,8 +23,10 @@ TURNS = 4  # the most of a conversation
 # (height, width) of a scene as such, and the shares of these: squares most of the time, for a model of few pixels has
 # to learn each shape on its own.
 SIZES, SHARES = ((48, 48), (32, 64), (64, 32)), (0.6, 0.2, 0.2)
-# GenEval's kinds; what is learned last, for objects have to agree on it, is asked more often.
+# GenEval's kinds, and those of edits. What is learned last is drawn more often: what objects have to agree on, and what
+# has to find one of them.
 PROMPTS = (*CATEGORIES, "two objects", "counting", "position", "position")
+CHANGES = (*EDITS, "recolour", "remove", "replace", "move")
 Drawn = tuple[str, tuple[Scene, ...], Scene]  # text, sources, target
 
 
@@ -49,7 +52,7 @@ def draw_prompted(rng: np.random.Generator, split: Split) -> Drawn:
 
 
 def _edit(rng: np.random.Generator, split: Split) -> Drawn:
-    edit = draw_edit(rng, split)
+    edit = draw_edit(rng, split, choose(rng, CHANGES))
     return edit.instruction, (edit.source,), edit.target
 
 
