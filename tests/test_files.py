@@ -10,7 +10,9 @@ import pytest
 
 from wemmu_jax import files
 from wemmu_jax.data import features
-from wemmu_jax.files import read_object, replacing, write_json
+from wemmu_jax.files import read_config, read_object, replacing, write_json
+from wemmu_jax.models.sana.config import SanaConfig
+from wemmu_jax.tiny.backbones import DIT_CONFIG
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
@@ -66,6 +68,23 @@ def test_storage_that_fails_for_the_moment_is_no_damaged_file(tmp_path, monkeypa
     monkeypatch.setattr(pathlib.Path, "read_text", away)
     with pytest.raises(OSError, match="Stale file handle"):
         read_object(tmp_path / "run.json")
+
+
+def test_a_config_that_cannot_be_read_is_named(tmp_path):
+    file = tmp_path / "config.json"
+    with pytest.raises(FileNotFoundError, match=r"config\.json: missing"):
+        read_config(file, SanaConfig.from_hf)
+    write_json(file, DIT_CONFIG | {"patch_size": 2})
+    with pytest.raises(ValueError, match=r"config\.json: patch_size: expected 1, found 2"):
+        read_config(file, SanaConfig.from_hf)
+    write_json(file, DIT_CONFIG)
+    assert read_config(file, SanaConfig.from_hf) == SanaConfig.from_hf(DIT_CONFIG)
+
+
+def test_a_file_whose_name_is_as_long_as_a_name_may_be(tmp_path):
+    file = tmp_path / ("a" * 255)
+    write_json(file, {"a": 1})
+    assert read_object(file) == {"a": 1}
 
 
 def test_what_is_no_json(tmp_path):

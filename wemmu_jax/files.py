@@ -5,10 +5,12 @@ import json
 import os
 import pathlib
 import uuid
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 from wemmu_jax.errors import passes
+
+Config = TypeVar("Config")
 
 
 def read_object(file: str | pathlib.Path, *, keys: Sequence[str] = ()) -> dict[str, Any]:
@@ -34,13 +36,28 @@ def read_object(file: str | pathlib.Path, *, keys: Sequence[str] = ()) -> dict[s
     return value
 
 
+def read_config(file: str | pathlib.Path, parse: Callable[[dict[str, Any]], Config]) -> Config:
+    """What `parse` makes of the JSON object in a file.
+
+    Raises:
+      FileNotFoundError, OSError: as `read_object`.
+      ValueError: as `read_object` and `parse`; names the file.
+    """
+    value = read_object(file)
+    try:
+        return parse(value)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """Where to write what takes the place of `path`, in one step, when the block ends; gone if it fails.
 
-    The name is nobody else's: hosts share folders, and in containers of their own they share process ids too.
+    The name is nobody else's: hosts share folders, and in containers of their own they share process ids too. Nor is it
+    longer for a `path` whose name is as long as a name may be.
     """
-    partial = path.with_name(f"{path.name}.partial-{uuid.uuid4()}")
+    partial = path.with_name(f".partial-{uuid.uuid4()}")
     try:
         yield partial
         os.replace(partial, path)

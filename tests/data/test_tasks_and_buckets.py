@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from wemmu_jax.data.buckets import Bucket, make_buckets, merge, nearest, query_grid
+from wemmu_jax.data.buckets import Bucket, make_buckets, merge, nearest
 from wemmu_jax.data.records import Picture, Record, source_counts, target_sizes
 from wemmu_jax.data.tasks import STAGE_TASKS, Task, arity, make_example
 
@@ -78,11 +78,6 @@ def test_the_buckets_of_the_design():
     assert {Bucket(2048, 512), Bucket(1024, 1024), Bucket(512, 2048)} <= set(large)
     assert {Bucket(608, 416), Bucket(512, 512), Bucket(416, 608)} <= set(small)
     assert list(large) == sorted(large, key=lambda bucket: bucket.height / bucket.width)
-    grids = [query_grid(bucket.height, bucket.width) for bucket in large]
-    assert query_grid(2048, 512) == (73, 18) and query_grid(512, 512) == (18, 18)
-    assert max(rows * columns for rows, columns in grids) <= 1408
-    assert max(max(grid) for grid in grids) <= 74
-    assert max(np.prod(query_grid(b.height, b.width)) for b in small) <= 384
     for base, buckets in [(1024, large), (512, small)]:
         for bucket in buckets:
             assert bucket.height % 32 == bucket.width % 32 == 0

@@ -13,6 +13,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from wemmu_jax.conversion import qwen2_5_vl as conversion
 from wemmu_jax.conversion.memory import flatten, params_from_tensors
+from wemmu_jax.files import read_config
 from wemmu_jax.models.qwen2_5_vl.config import Qwen25VLConfig, qwen2_5_vl_3b
 
 # `config.json` of Qwen2.5-VL-3B-Instruct as it is published.
@@ -129,7 +130,7 @@ def test_published_config_is_read():
 def test_both_forms_of_a_config_say_the_same(published, tmp_path):
     Qwen2_5_VLConfig(**copy.deepcopy(published)).save_pretrained(tmp_path)
     assert "text_config" in json.loads((tmp_path / "config.json").read_text())
-    saved = Qwen25VLConfig.from_file(tmp_path / "config.json")
+    saved = read_config(tmp_path / "config.json", Qwen25VLConfig.from_hf)
     assert saved == Qwen25VLConfig.from_hf(published)
 
 
@@ -165,18 +166,6 @@ def test_what_the_model_does_not_do_is_an_error(changes, message):
         Qwen25VLConfig.from_hf(changed(PUBLISHED_3B, **changes))
 
 
-def test_a_broken_file_is_named(tmp_path):
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(changed(PUBLISHED_3B, vocab_size=None)))
-    with pytest.raises(ValueError, match=r"config.json: vocab_size"):
-        Qwen25VLConfig.from_file(path)
-    path.write_text("{")
-    with pytest.raises(ValueError, match=r"config.json: "):
-        Qwen25VLConfig.from_file(path)
-    with pytest.raises(FileNotFoundError):
-        Qwen25VLConfig.from_file(tmp_path / "absent.json")
-
-
 @pytest.mark.parametrize("published", [PUBLISHED_3B, PUBLISHED_7B], ids=["3b tied", "7b untied"])
 def test_table_covers_the_real_models(published):
     config = Qwen25VLConfig.from_hf(published)
@@ -205,7 +194,7 @@ def test_table_reads_what_save_pretrained_writes(tied, tmp_path):
     model = reference_model(published, device="cpu").float()
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    config = Qwen25VLConfig.from_file(tmp_path / "config.json")
+    config = read_config(tmp_path / "config.json", Qwen25VLConfig.from_hf)
     assert conversion.naming(tensors) is conversion.Naming.FILES
     params = flatten(params_from_tensors(tensors, conversion.table(config)))
     assert ("text/lm_head/kernel" in params) is not tied

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 
 from configs.wemmu_3b import STAGES, get_config
 from tests.models import wemmu_fixtures as fixtures
+from wemmu_jax.data.buckets import make_buckets
 from wemmu_jax.models.dc_ae.config import DCAEConfig
 from wemmu_jax.models.qwen2_5_vl.config import qwen2_5_vl_3b
 from wemmu_jax.models.sana.config import SanaConfig
@@ -86,6 +88,9 @@ def test_grids_at_the_real_sizes():
     assert config.query_grid(2048, 512) == (73, 18)
     assert config.source_grid(500, 333) == (18, 12)
     assert config.source_grid(5, 3) == (1, 1)
+    for base, most in ((512, 384), (1024, 1408)):
+        grids = [config.query_grid(b.height, b.width) for b in make_buckets(base, multiple=32)]
+        assert max(map(math.prod, grids)) <= most
 
 
 def test_sizes_that_cannot_be_drawn():

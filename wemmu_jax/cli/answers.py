@@ -1,10 +1,11 @@
 """The answers of `wemmu batch`: a JSONL file that grows by a line an answer and is never seen half there."""
 
 import json
-import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
+
+from wemmu_jax.files import replacing
 
 ANSWER = "answer"
 
@@ -35,9 +36,8 @@ class Answers:
             return
         # The first time all is written anew: a line that an earlier run left half written goes.
         self._file.parent.mkdir(parents=True, exist_ok=True)
-        partial = self._file.with_name(f".{self._file.name}.partial-{os.getpid()}")
-        partial.write_text("".join(map(_line, self._records)), encoding="utf-8")
-        os.replace(partial, self._file)
+        with replacing(self._file) as partial:
+            partial.write_text("".join(map(_line, self._records)), encoding="utf-8")
         self._on_disk = True
 
 

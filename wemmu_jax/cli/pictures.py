@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from wemmu_jax.files import replacing
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -75,12 +77,8 @@ def save(image: "Image.Image", path: pathlib.Path, settings: Mapping[str, str]) 
     for name, value in settings.items():
         info.add_text(name, value)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{os.getpid()}")  # its length is not the picture's
-    try:
+    with replacing(path) as partial:
         image.save(partial, format="PNG", pnginfo=info)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def settings_of(path: pathlib.Path) -> dict[str, str]:

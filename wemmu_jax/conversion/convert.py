@@ -24,7 +24,7 @@ from wemmu_jax.conversion.safetensors_io import Spec, Stored
 from wemmu_jax.conversion.staging import check_free, copy_files, staged
 from wemmu_jax.conversion.table import Entry, Layout
 from wemmu_jax.conversion.weights import write_weights
-from wemmu_jax.files import read_object
+from wemmu_jax.files import read_config
 from wemmu_jax.models.dc_ae.config import DCAEConfig
 from wemmu_jax.models.qwen2_5_vl.config import Qwen25VLConfig
 from wemmu_jax.models.qwen2_5_vl.prompt import PromptEncoder
@@ -172,7 +172,7 @@ def _unloadable(vlm: Path, sana: Path) -> list[str]:
 
 def _is_sound(kind: type[Qwen25VLConfig | SanaConfig | DCAEConfig], file: Path) -> bool:
     try:
-        kind.from_hf(read_object(file))
+        read_config(file, kind.from_hf)
     except (ValueError, OSError):
         return False
     return True

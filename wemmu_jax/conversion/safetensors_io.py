@@ -19,6 +19,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from wemmu_jax.files import replacing
+
 _DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -260,21 +262,6 @@ def save_tensors(path: str | Path, flat: Mapping[str, Any], metadata: Mapping[st
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     specs = {name: Spec(np.dtype(array.dtype), tuple(array.shape)) for name, array in flat.items()}
-    try:
+    with replacing(path) as partial:
         write_file(partial, specs, lambda name: [np.asarray(flat[name])], metadata=metadata)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def load_tensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The arrays and the metadata of a file that `save_tensors` wrote.
-
-    Raises:
-      FileNotFoundError: it is not there.
-      ValueError: it is not a sound safetensors file.
-    """
-    header = read_header(Path(path))
-    return {name: stored.read() for name, stored in header.tensors.items()}, header.metadata

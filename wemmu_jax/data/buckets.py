@@ -74,11 +74,6 @@ def nearest(buckets: Sequence[Bucket], height: int, width: int) -> Bucket:
     return buckets[nearest_indices(buckets, np.array([[height, width]]))[0]]
 
 
-def query_grid(height: int, width: int, unit: int = 28) -> tuple[int, int]:
-    """Rows and columns of query tokens for a height x width picture, one for each `unit` pixels (paper 3.1)."""
-    return max(round(height / unit), 1), max(round(width / unit), 1)
-
-
 def merge(counts: np.ndarray, minimum: np.ndarray) -> np.ndarray:
     """Which bucket each bucket's pictures go to, so that no bucket that is left is short of pictures.
 

@@ -2,11 +2,8 @@
 
 import dataclasses
 import math
-import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
-
-from wemmu_jax.files import read_object
 
 # Both are constants of the architecture, which the published configs leave out.
 VISION_ROPE_THETA = 10_000.0
@@ -170,20 +167,6 @@ class Qwen25VLConfig:
             eos_token_ids=tuple(eos),
             **ids,
         )
-
-    @classmethod
-    def from_file(cls, path: str | pathlib.Path) -> "Qwen25VLConfig":
-        """Reads a `config.json`.
-
-        Raises:
-          FileNotFoundError: there is none.
-          ValueError: as `from_hf`, with the file's name.
-        """
-        config = read_object(path)
-        try:
-            return cls.from_hf(config)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
 
 
 def _is_whole(value: Any) -> bool:

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, Self
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from wemmu_jax.files import read_config
 from wemmu_jax.models.qwen2_5_vl import tokenizer as words
 from wemmu_jax.models.qwen2_5_vl.config import Qwen25VLConfig
 
@@ -99,7 +100,7 @@ class PromptEncoder:
           ValueError: no chat template, or `config.json` and the tokenizer do not belong together.
         """
         folder = pathlib.Path(folder)
-        config = Qwen25VLConfig.from_file(folder / "config.json")
+        config = read_config(folder / "config.json", Qwen25VLConfig.from_hf)
         tokenizer = words.load_tokenizer(folder)
         words.check_agreement(tokenizer, config, folder)
         ends = tuple(

@@ -1,9 +1,7 @@
 """Configuration of the Sana diffusion transformer, read from diffusers' `transformer/config.json`."""
 
 import dataclasses
-import json
 import math
-import pathlib
 from collections.abc import Mapping
 
 _SIZES = (
@@ -118,19 +116,6 @@ class SanaConfig:
         found = hf["cross_attention_dim"]
         _check("cross_attention_dim", found == config.width, f"{config.width} (all heads)", found)
         return config
-
-    @classmethod
-    def from_file(cls, path: str | pathlib.Path) -> "SanaConfig":
-        """Reads a `config.json`.
-
-        Raises:
-          FileNotFoundError: there is none.
-          ValueError: as `from_hf`, with the file's name.
-        """
-        try:
-            return cls.from_hf(json.loads(pathlib.Path(path).read_text()))
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
 
 
 def _check(key: str, good: bool, expected: str, found: object) -> None:

@@ -6,7 +6,7 @@ import math
 import pathlib
 from typing import Any
 
-from wemmu_jax.files import read_object
+from wemmu_jax.files import read_config
 from wemmu_jax.models.dc_ae.config import DCAEConfig
 from wemmu_jax.models.qwen2_5_vl.config import Qwen25VLConfig
 from wemmu_jax.models.sana.config import SanaConfig
@@ -164,9 +164,9 @@ class WeMMUConfig:
     ) -> "WeMMUConfig":
         """The same from the folder of a Qwen2.5-VL and that of a Sana pipeline."""
         return cls(
-            vlm=Qwen25VLConfig.from_hf(read_object(vlm / "config.json")),
-            dit=SanaConfig.from_hf(read_object(sana / "transformer/config.json")),
-            dc_ae=DCAEConfig.from_hf(read_object(sana / "vae/config.json")),
+            vlm=read_config(vlm / "config.json", Qwen25VLConfig.from_hf),
+            dit=read_config(sana / "transformer/config.json", SanaConfig.from_hf),
+            dc_ae=read_config(sana / "vae/config.json", DCAEConfig.from_hf),
             bridge=bridge,
         )
 
