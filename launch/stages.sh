@@ -20,9 +20,9 @@ config=$1 init=$2 runs=$3
 shift 3
 read -ra wemmu <<<"${WEMMU:-wemmu}"
 
-# A shell does not hand a signal on to what it waits for.
+# A shell does not hand a signal on to what it waits for, and what it starts in the background does not see Ctrl-C.
 child=
-trap '[ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true' TERM
+trap '[ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true' TERM INT
 
 for stage in stage1 stage2 stage3 stage4; do
   command=("${wemmu[@]}" train --config "$config:$stage" --init "$init" --workdir "$runs/$stage" "$@")

@@ -1,5 +1,6 @@
 """Jobs on real processes: order, resume, what goes wrong, and SIGTERM."""
 
+import dataclasses
 import os
 import pathlib
 import signal
@@ -70,6 +71,15 @@ def test_a_failure_is_named_and_the_rest_can_be_done_later(tmp_path):
     mended = noted(tmp_path, "bad", "first")
     run_jobs([first, mended, last], ledger, processes=1, say=silent)
     assert lines(tmp_path) == ["first", "bad", "last"]
+
+
+def test_what_was_made_from_something_else_is_not_taken_for_done(tmp_path):
+    ledger, job = Ledger(tmp_path / "jobs"), noted(tmp_path, "one")
+    run_jobs([job], ledger, processes=1, say=silent)
+    other = dataclasses.replace(job, made_from="other backbones")
+    with pytest.raises(ValueError, match=r"one\.json: it is done, but with another"):
+        run_jobs([noted(tmp_path, "two"), other], ledger, processes=1, say=silent)
+    assert lines(tmp_path) == ["one"]
 
 
 def test_a_process_that_dies_is_a_failure(tmp_path):

@@ -5,6 +5,7 @@ import json
 import pytest
 from PIL import Image
 
+from configs.ablations import get_config
 from tests.evaluation.test_miniworld import Copier
 from wemmu_jax.ablations.report import report
 from wemmu_jax.ablations.results import Results
@@ -12,6 +13,7 @@ from wemmu_jax.ablations.studies import STUDIES, study
 from wemmu_jax.ablations.work import REQUESTS_SEED
 from wemmu_jax.cli.main import FAILED, main
 from wemmu_jax.evaluation.miniworld import evaluate
+from wemmu_jax.files import write_json
 
 BUDGET = "smoke"
 # The two others read weights and attention of real runs.
@@ -31,6 +33,7 @@ def write_run(out, run, tasks, backbones="0a1b") -> None:
         {"step": s, "train/loss": x, **{f"train/loss_{t}": x for t in TASKS}} for s, x in losses
     ]
     lines += [{"step": 3, **{f"validation/{task}": 2.5 for task in TASKS}}]
+    (folder / "config.json").write_text(get_config(f"{out.name}/{run}").to_json())
     (folder / "run.json").write_text(json.dumps({"fingerprint": backbones}))
     (folder / "run_description.json").write_text('{"code": "0.1.0 at 1a2b3c4"}')
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -121,9 +124,27 @@ def test_scores_are_kept_for_machines_that_ran_other_seeds(tmp_path):
     run = kept["full"]["noisy/seed0/stage3"]
     assert run["code"] == "0.1.0 at 1a2b3c4" and run["graded"] == 32
     assert run["trained"].startswith("stage1 400 x 32, stage2 1200 x 32")
-    run["trained"] = "stage3 1 x 1"  # of a recipe of before
+    recipe = run["recipe"].split()
+    assert len(recipe) == 3
+    run["recipe"] = " ".join([*recipe[:2], "0" * 16])  # another stage 3
     (pictures / "scores.json").write_text(json.dumps(kept))
     assert "over seeds 1." in report("queries", Results(tmp_path / "nobody", "full", pictures))
+
+
+def test_a_run_of_another_config_than_todays_is_no_row(tmp_path):
+    one = study("vit", budget=BUDGET)
+    for run in one.runs:
+        write_run(tmp_path / BUDGET, run, one.graded[run])
+    results = Results(tmp_path, BUDGET, tmp_path / "docs/miniworld")
+    assert report("vit", results)
+    file = tmp_path / BUDGET / f"runs/{one.runs[0]}/config.json"
+    config = json.loads(file.read_text())
+    write_json(file, config | {"name": "another", "init": "elsewhere"})
+    assert report("vit", results)
+    config["loss"]["draws"] = 1
+    write_json(file, config)
+    with pytest.raises(ValueError, match=r"stage3/config\.json: .*another config than today's"):
+        report("vit", results)
 
 
 def test_scores_of_other_backbones_are_not_kept(tmp_path):

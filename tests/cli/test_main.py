@@ -133,9 +133,11 @@ def test_overrides_are_taken_in_both_forms():
 @pytest.mark.parametrize(
     "words", [["--config.a"], ["--config.=1"], ["--config.a=1", "--config.a=2"]]
 )
-def test_overrides_without_key_or_value(words):
-    with pytest.raises(SystemExit, match="--config"):
+def test_overrides_without_key_or_value(words, capsys):
+    with pytest.raises(SystemExit) as stop:
         take_overrides(words)
+    assert stop.value.code == 2, "as after any words that cannot be understood"
+    assert "wemmu: --config" in capsys.readouterr().err
 
 
 def test_options_are_those_of_the_class():

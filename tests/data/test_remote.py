@@ -18,6 +18,7 @@ from wemmu_jax.data.formats import array_record
 from wemmu_jax.data.pipeline import MicroBatches
 from wemmu_jax.data.sources import build_feeds, build_source
 from wemmu_jax.data.tasks import Task
+from wemmu_jax.errors import passes
 
 SAID = [{"from": "human", "value": "<image>blue"}, {"from": "gpt", "value": "<gen_image>"}]
 ASKED = [{"from": "human", "value": "<image>what?"}, {"from": "gpt", "value": "a barn"}]
@@ -181,6 +182,38 @@ def test_packed_files_must_be_local(tmp_path, bucket):
 
 class HttpError(Exception):
     """A client's own error, as gcsfs has it: no OSError."""
+
+
+class Forbidden(HttpError):
+    code = 403
+
+
+class TooMany(HttpError):
+    code = 429
+
+
+@pytest.mark.parametrize(
+    ("error", "again"),
+    [
+        (HttpError("503"), True),
+        (TooMany("429"), True),
+        (TimeoutError("slow"), True),
+        (Forbidden("403"), False),
+        (PermissionError("403"), False),
+        (ValueError("no such bucket's name"), False),
+    ],
+)
+def test_what_may_go_well_later_says_so(error, again, monkeypatch):
+    """Exit code 75, after which whoever started a run starts it again, follows from it."""
+
+    def fail(self, *_, **__):
+        raise error
+
+    monkeypatch.setattr(storage, "TRIES", 1)
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "cat_file", fail)
+    with pytest.raises(OSError, match=r"memory://b/x: ") as found:
+        storage.read("memory://b/x")
+    assert passes(found.value) is again
 
 
 @pytest.mark.parametrize("error", [OSError, HttpError])

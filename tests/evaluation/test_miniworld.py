@@ -44,6 +44,16 @@ def test_a_copier_reconstructs_and_does_nothing_else(tmp_path):
     assert len(list((tmp_path / "S-Edit").glob("*.png"))) == 2 * (len(scores["S-Edit"]) - 1)
 
 
+def test_grades_are_there_when_all_are(tmp_path):
+    class Stopped(Copier):
+        def chat(self, question, **_):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(Stopped(), tmp_path, count=1, seed=0, steps=1)
+    assert not (tmp_path / "grades.jsonl").exists() and not (tmp_path / "scores.json").exists()
+
+
 def test_only_the_tasks_that_are_asked_for(tmp_path):
     scores = evaluate(Copier(), tmp_path, count=1, seed=0, steps=1, tasks=("Rec",))
     assert scores == {"Rec": {"scene": 1.0, "overall": 1.0}}

@@ -16,6 +16,7 @@ from wemmu_jax.conversion.backbones import DC_AE, DIT, VLM
 from wemmu_jax.conversion.convert import convert
 from wemmu_jax.conversion.memory import flatten
 from wemmu_jax.conversion.weights import Weights
+from wemmu_jax.rng import Stream, stream_key
 from wemmu_jax.tiny import loop, sana
 from wemmu_jax.tiny.backbones import load_backbone, write_configs
 from wemmu_jax.tiny.card import describe
@@ -74,16 +75,48 @@ def test_stopped_and_resumed_is_the_same_as_never_stopped(tmp_path, monkeypatch)
     np.testing.assert_array_equal(whole["w"], resumed["w"])
 
 
-def test_the_result_is_the_running_mean(tmp_path):
-    averaged = pretrain(line(), tmp_path / "averaged")
-    plain = pretrain(dataclasses.replace(line(), ema=0.0), tmp_path / "plain")
-    assert (averaged["w"] != plain["w"]).all()
+def test_the_result_is_the_running_mean(tmp_path, monkeypatch):
+    """With a decay of .9, and less in the first steps, of weights that do not depend on it."""
+    saved = []
+
+    class Saving(loop.Checkpoints):
+        def save(self, state):
+            saved.append(jax.device_get(state.params["w"]))
+            super().save(state)
+
+    monkeypatch.setattr(loop, "Checkpoints", Saving)
+    monkeypatch.setattr(loop, "EVERY_CHECKPOINT", 1)
+    plain = pretrain(dataclasses.replace(line(), ema=0.0), tmp_path / "plain")["w"]
+    np.testing.assert_array_equal(plain, saved[-1])
+    mean = jax.jit(line().init)(stream_key(0, Stream.INIT))["w"]
+    for step, weights in enumerate(saved):
+        decay = min(0.9, (1 + step) / (10 + step))
+        mean = decay * mean + (1 - decay) * weights
+    averaged = pretrain(line(), tmp_path / "averaged")["w"]
+    assert len(saved) == 12
+    np.testing.assert_array_equal(saved[6:], saved[:6])
+    np.testing.assert_allclose(averaged, mean, rtol=1e-5)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "EVERY_LINE", 1)
     with pytest.raises(FloatingPointError, match="line, step 3"):
         pretrain(line(broken_at=3), tmp_path)
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
+    """Neither after a loss between two lines of the log, nor after one that does not show it."""
+    with pytest.raises(FloatingPointError, match="line, step 6: loss nan"):
+        pretrain(line(broken_at=6), tmp_path / "late")
+    monkeypatch.setattr(loop, "EVERY_CHECKPOINT", 1)
+    with pytest.raises(FloatingPointError, match="line, step 1: weights are not finite"):
+        pretrain(dataclasses.replace(line(), loss=steep), tmp_path / "steep")
+    assert not list(tmp_path.glob("*/checkpoints/[0-9]*"))
+
+
+def steep(params, frozen, batch, key):
+    """Finite, and its gradient is not."""
+    return jnp.sum(jnp.sqrt(0 * params["w"])), {}
 
 
 def test_a_workdir_of_another_recipe_is_refused(tmp_path):

@@ -23,12 +23,14 @@ class Job:
       needs: names of jobs that must be done before.
       call: a function of a module, which another process can import.
       arguments: plain values.
+      made_from: what else its result depends on, in a word.
     """
 
     name: str
     needs: tuple[str, ...]
     call: Callable[..., None]
     arguments: Mapping[str, Any]
+    made_from: str = ""
 
 
 class Ledger:
@@ -45,11 +47,19 @@ class Ledger:
         file = self._file(name)
         return read_object(file, keys=("seconds",))["seconds"] if file.exists() else None
 
-    def note(self, name: str, seconds: float) -> None:
+    def note(self, name: str, seconds: float, *, made_from: str = "") -> None:
         """Notes that it is done."""
         file = self._file(name)
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, {"job": name, "seconds": round(seconds, 1)})
+        write_json(file, {"job": name, "seconds": round(seconds, 1), "made_from": made_from})
+
+    def check(self, job: Job) -> None:
+        """Raises ValueError if it is done, but was made from something else."""
+        file = self._file(job.name)
+        if file.exists() and read_object(file).get("made_from", "") != job.made_from:
+            raise ValueError(
+                f"{file}: it is done, but with another config or other backbones than today's; choose another folder"
+            )
 
 
 class JobFailed(ChildProcessError):
@@ -66,8 +76,10 @@ def run_jobs(
     Raises:
       JobFailed: one of them failed; those that were running then are finished first.
       InterruptedError: it was stopped.
-      ValueError: a job needs another that is not among them.
+      ValueError: a job needs another that is not among them, or is done and was made from something else.
     """
+    for job in jobs:
+        ledger.check(job)
     waiting = {job.name: job for job in jobs if ledger.seconds(job.name) is None}
     names = {job.name for job in jobs}
     if unknown := {need for job in jobs for need in job.needs} - names:
@@ -94,7 +106,7 @@ def run_jobs(
                     failure = failure or f"{job.name}: {error}"
                     say(f"{job.name}: failed")
                 elif not asked:
-                    ledger.note(job.name, seconds)
+                    ledger.note(job.name, seconds, made_from=job.made_from)
                     say(f"{job.name}: done in {seconds:.0f} s")
     finally:
         for worker in pool:

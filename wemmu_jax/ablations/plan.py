@@ -1,13 +1,17 @@
 """The jobs that studies need, and how long they will take."""
 
 import fnmatch
+import hashlib
+import json
 import pathlib
 from collections.abc import Iterable, Sequence
 
 from configs.ablations import BUDGETS, PHASES, get_config
 from wemmu_jax.ablations import work
 from wemmu_jax.ablations.jobs import Job, Ledger
+from wemmu_jax.ablations.results import recipe
 from wemmu_jax.ablations.studies import Run, study
+from wemmu_jax.conversion.safetensors_io import sha256_of
 from wemmu_jax.evaluation.miniworld import DRAWING_TASKS
 
 
@@ -39,11 +43,18 @@ def jobs(
     common = {"out": str(out), "budget": budget}
     found: dict[str, Job] = {}
 
-    def add(name: str, needs: Iterable[str], call, **arguments) -> str:
-        found[name] = Job(name, tuple(needs), call, arguments)
+    def add(name: str, needs: Iterable[str], call, made_from: str = "", **arguments) -> str:
+        found[name] = Job(name, tuple(needs), call, arguments, made_from)
         return name
 
-    converted = add("convert", (), work.convert_backbones, backbones=str(backbones), **common)
+    converted = add(
+        "convert",
+        (),
+        work.convert_backbones,
+        made_from=_content(backbones),
+        backbones=str(backbones),
+        **common,
+    )
 
     def trained(run: Run) -> str:
         name = f"train/{run}"
@@ -51,7 +62,8 @@ def jobs(
             return name
         start = PHASES[run.phase].start
         need = converted if start is None else trained(run.at(start))
-        return add(name, (need,), work.train_phase, run=str(run), **common)
+        made_from = recipe(json.loads(get_config(f"{budget}/{run}").to_json()))
+        return add(name, (need,), work.train_phase, made_from=made_from, run=str(run), **common)
 
     tasks: dict[Run, list[str]] = {}
     for one in studies:
@@ -69,6 +81,14 @@ def jobs(
         if run in looked_at:
             add(f"attend/{run}", (need,), work.attend, run=str(run), **common)
     return list(found.values())
+
+
+def _content(folder: pathlib.Path) -> str:
+    """A digest of all files below."""
+    digest = hashlib.sha256()
+    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+        digest.update(f"{file.relative_to(folder)}: {sha256_of(file)}\n".encode())
+    return digest.hexdigest()
 
 
 # Guesses for one core, until jobs of a kind are done: samples of training and pictures of grading a second, and the

@@ -3,10 +3,11 @@
 One machine need not run it all: a table takes what is in the folder, and of other runs what an earlier report kept.
 """
 
+import hashlib
 import json
 import pathlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,11 @@ class Results:
         self.pictures = pictures
 
     def graded(self, run: Run) -> bool:
-        """Whether there are scores of it."""
+        """Whether there are scores of it.
+
+        Raises:
+          ValueError: those in the folder are of another config than today's, by which the tables would name it.
+        """
         return self._grades(run).exists() or self._kept(run) is not None
 
     def means(self, run: Run) -> Means:
@@ -76,7 +81,13 @@ class Results:
         write_json(file, kept)
 
     def _grades(self, run: Run) -> pathlib.Path:
+        file = self.out / f"runs/{run}/config.json"
+        if file.exists() and recipe(read_object(file)) != self._recipe(run):
+            raise ValueError(f"{file}: this run was trained by another config than today's")
         return self.out / f"grades/{run}/grades.jsonl"
+
+    def _recipe(self, run: Run) -> str:
+        return recipe(json.loads(get_config(f"{self.name}/{run}").to_json()))
 
     def _kept(self, run: Run) -> dict[str, Any] | None:
         """None as well where it was trained or graded otherwise than it would be now."""
@@ -86,8 +97,12 @@ class Results:
         return found if found and found.items() >= self._setting(run).items() else None
 
     def _setting(self, run: Run) -> dict[str, Any]:
-        lengths = [length(self.name, run.at(phase)) for phase in road(run.phase)]
-        return {"trained": ", ".join(lengths), "graded": self.budget.graded}
+        stretches = [run.at(phase) for phase in road(run.phase)]
+        return {
+            "trained": ", ".join(length(self.name, one) for one in stretches),
+            "recipe": " ".join(map(self._recipe, stretches)),
+            "graded": self.budget.graded,
+        }
 
     def curve(self, run: Run, field: str) -> tuple[list[int], list[float]]:
         """(steps, values) of a metric; a step that was run twice counts once."""
@@ -124,6 +139,14 @@ def _fields(rows: list[dict]) -> dict[str, float]:
     """Means of what is a number or true or false in every row."""
     names = [name for name, value in rows[0].items() if isinstance(value, bool | float)]
     return {name: float(np.mean([row[name] for row in rows])) for name in names}
+
+
+def recipe(config: Mapping[str, Any]) -> str:
+    """What tells one training from another: a digest of a config as JSON, but for its name, the weights that it starts
+    from and what it says on its way."""
+    told = {"name", "init", "every", "keep_checkpoints"}
+    settings = {key: value for key, value in config.items() if key not in told}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def road(phase: str) -> list[str]:

@@ -42,80 +42,83 @@ class Study:
     """A comparison.
 
     Attributes:
-      title: what it answers, and where the paper does.
       runs: what is trained.
       graded: run -> tasks of `evaluation.miniworld` that it is graded in.
       attention: runs whose queries are looked at.
     """
 
-    title: str
     runs: tuple[Run, ...]
     graded: Mapping[Run, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     attention: tuple[Run, ...] = ()
 
 
 def _queries(seeds: int) -> Study:
+    """The four settings of queries through stages 1 to 3 (Table 4)."""
     runs = tuple(Run(arm, seed, "stage3") for seed in range(seeds) for arm in SETTINGS)
-    return Study("queries, stages 1 to 3 (Table 4)", runs, dict.fromkeys(runs, _EDITING))
+    return Study(runs, dict.fromkeys(runs, _EDITING))
 
 
 def _scale(_: int) -> Study:
+    """The noise's scale: what noise costs a small model."""
     runs = tuple(Run(arm, 0, "stage3") for arm in ("noisy", "noisy-0.3", "noisy-0.1", "dynamic"))
-    title = "the noise's scale: what noise costs a small model"
-    return Study(title, runs, dict.fromkeys(runs, _EDITING))
+    return Study(runs, dict.fromkeys(runs, _EDITING))
 
 
 def _collapse(seeds: int) -> Study:
+    """Editing after T2I and reconstruction (Fig. 1)."""
     phases = [(arm, phase) for arm in COLLAPSE for phase in ("stage2", "edits", "joint2")]
     phases += [("dynamic", "edits-queries"), ("dynamic", "edits-new-queries")]
     runs = [Run(arm, 0, phase) for arm, phase in phases]
     # What is forgotten is what the paper claims: that, and no other row, under every seed.
     more = range(1, seeds)
     runs += [Run(arm, s, phase) for s in more for arm in COLLAPSE for phase in ("stage2", "edits")]
-    title = "editing after T2I and reconstruction (Fig. 1)"
-    return Study(title, tuple(runs), dict.fromkeys(runs, _EDITING))
+    return Study(tuple(runs), dict.fromkeys(runs, _EDITING))
 
 
 def _several(_: int) -> Study:
+    """Stage 4: several pictures, and what is forgotten (4.4)."""
     runs = tuple(Run(arm, 0, phase) for arm in SETTINGS for phase in ("stage3", "stage4"))
     tasks = ("S-Edit", "T2I", "Rec", "M-Edit")
     graded = {run: tasks if run.phase == "stage4" else _EDITING for run in runs}
-    return Study("stage 4: several pictures, and what is forgotten (4.4)", runs, graded)
+    return Study(runs, graded)
 
 
 def _attention(_: int) -> Study:
+    """Where the queries look (Fig. 3)."""
     runs = tuple(Run(arm, 0, "stage3") for arm in SETTINGS)
-    return Study("attention of the queries (Fig. 3)", runs, attention=runs)
+    return Study(runs, attention=runs)
 
 
 def _connectors(_: int) -> Study:
+    """Connectors of the VAE branch (Fig. 4, right)."""
     runs = tuple(Run(arm, 0, "mixed") for arm in CONNECTORS)
-    return Study("connectors of the VAE branch (Fig. 4, right)", runs)
+    return Study(runs)
 
 
 def _vit(_: int) -> Study:
+    """The ViT unfrozen (Fig. 4, left)."""
     runs = tuple(Run("noisy", 0, phase) for phase in ("stage3", "stage3-vit"))
-    return Study("the ViT unfrozen (Fig. 4, left)", runs, dict.fromkeys(runs, _EDITING))
+    return Study(runs, dict.fromkeys(runs, _EDITING))
 
 
 def _stream(_: int) -> Study:
+    """Where the VAE tokens run, and noise with a learned scale (design, section 3)."""
     arms = ("noisy-vae", "noisy-vae-expert", "scaled-vae")
     runs = tuple(Run(arm, 0, "stage3") for arm in arms)
-    title = "where the VAE tokens run, and noise with a learned scale (design, section 3)"
-    return Study(title, runs, dict.fromkeys(runs, _EDITING))
+    return Study(runs, dict.fromkeys(runs, _EDITING))
 
 
 def _pathway(_: int) -> Study:
+    """ViT features straight to the DiT (4.3.2)."""
     runs = tuple(Run(arm, 0, "reconstruction") for arm in ("straight", "noisy", "noisy-vae"))
-    return Study("ViT features straight to the DiT (4.3.2)", runs, dict.fromkeys(runs, ("Rec",)))
+    return Study(runs, dict.fromkeys(runs, ("Rec",)))
 
 
 def _losses(_: int) -> Study:
+    """Flow matching and its contrastive form (Eq. 4)."""
     phases = ("cfm-8", "contrastive-8", "cfm-32", "contrastive-32")
     runs = tuple(Run("noisy-vae", 0, phase) for phase in phases)
-    return Study(
-        "flow matching and its contrastive form (Eq. 4)", runs, dict.fromkeys(runs, ("T2I",))
-    )
+    return Study(runs, dict.fromkeys(runs, ("T2I",)))
 
 
 _STUDIES = {

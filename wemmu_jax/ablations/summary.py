@@ -4,11 +4,12 @@ and what the model can do after stages 3 and 4, beside what needs no model."""
 import json
 import pathlib
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from wemmu_jax.ablations import figures
 from wemmu_jax.ablations.report import table
 from wemmu_jax.evaluation.baselines import baselines
+from wemmu_jax.evaluation.miniworld import requests
 
 STAGES = ("stage3", "stage4")
 SIDE = 48
@@ -25,13 +26,15 @@ def scores_section(folder: pathlib.Path) -> str:
 
     Raises:
       FileNotFoundError: one of them is not there.
-      ValueError: they were not graded on the same requests.
+      ValueError: they were not graded on the requests of seed 0, and on as many.
     """
     found = {stage: json.loads((folder / stage / "scores.json").read_text()) for stage in STAGES}
     asked = {stage: _requests(folder / stage / "grades.jsonl") for stage in STAGES}
-    if asked["stage3"] != asked["stage4"]:
-        raise ValueError(f"{folder}: stages 3 and 4 were not graded on the same requests")
-    count = max(asked["stage4"].values())
+    count = 1 + max(number for _, _, number in asked["stage4"])
+    if not asked["stage3"] == asked["stage4"] == _drawn(asked["stage4"], count):
+        raise ValueError(
+            f"{folder}: stages 3 and 4 and the baselines (seed 0) were not graded on the same requests"
+        )
     beside = baselines(side=SIDE, count=count, seed=0)
     rows = []
     for task, kinds in found["stage4"].items():
@@ -48,14 +51,19 @@ def scores_section(folder: pathlib.Path) -> str:
     return f"{table(heads, rows)}\n\n{said}"
 
 
-def _requests(grades: pathlib.Path) -> dict[tuple[str, str], int]:
-    """(task, kind) -> how many were graded."""
-    counts: dict[tuple[str, str], int] = {}
-    for line in grades.read_text().splitlines():
-        row = json.loads(line)
-        place = row["task"], row["kind"]
-        counts[place] = counts.get(place, 0) + 1
-    return counts
+def _requests(grades: pathlib.Path) -> dict[tuple[str, str, int], str]:
+    """(task, kind, number) -> what was asked for."""
+    rows = map(json.loads, grades.read_text().splitlines())
+    return {(row["task"], row["kind"], row["number"]): row["text"] for row in rows}
+
+
+def _drawn(places: Iterable[tuple[str, str, int]], count: int) -> dict[tuple[str, str, int], str]:
+    """The first `count` requests of seed 0 of each task and kind."""
+    return {
+        (task, kind, number): one.text
+        for task, kind in sorted({place[:2] for place in places})
+        for number, one in enumerate(requests(task, kind, count=count, seed=0))
+    }
 
 
 def backbones_section(folder: pathlib.Path, pictures: pathlib.Path) -> str:

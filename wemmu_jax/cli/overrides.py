@@ -1,6 +1,8 @@
 """`--config.key=value` and `--config.key value`: keys of a config, which argparse cannot know."""
 
+import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 PREFIX = "--config."
 
@@ -9,7 +11,7 @@ def take_overrides(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """The words without `--config.KEY=VALUE`, and these as {KEY: VALUE}.
 
     Raises:
-      SystemExit: a key has no value, or is given twice.
+      SystemExit: with argparse's code, 2: a key has no value, or is given twice.
     """
     left, overrides, rest = [], {}, iter(words)
     for word in rest:
@@ -21,8 +23,13 @@ def take_overrides(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         key, equals, value = word.removeprefix(PREFIX).partition("=")
         value = value if equals else next(rest, None)
         if not key or value is None:
-            raise SystemExit(f"wemmu: {word}: expected {PREFIX}KEY=VALUE")
+            _refuse(f"{word}: expected {PREFIX}KEY=VALUE")
         if key in overrides:
-            raise SystemExit(f"wemmu: {PREFIX}{key} is given twice")
+            _refuse(f"{PREFIX}{key} is given twice")
         overrides[key] = value
     return left, overrides
+
+
+def _refuse(message: str) -> NoReturn:
+    print(f"wemmu: {message}", file=sys.stderr)
+    raise SystemExit(2)

@@ -39,9 +39,13 @@ class Ledger:
 
     def note_indexed(self, feeds: Iterable[Feed]) -> int:
         """Writes what the data sets' indexes found; returns how many records that is."""
-        sources = {feed.name: feed.source for feed in feeds if hasattr(feed.source, "problems")}
+        # A set feeds several tasks, and one that is held out may have the name of one that is not.
+        sources = {(feed.name, id(feed.source)): feed.source for feed in feeds}
         found = [
-            (name, problem) for name, source in sources.items() for problem in source.problems()
+            (name, problem)
+            for (name, _), source in sources.items()
+            if hasattr(source, "problems")
+            for problem in source.problems()
         ]
         self._write(Bad(name, problem.key, problem.reason) for name, problem in found)
         return sum(problem.records for _, problem in found)

@@ -35,7 +35,7 @@ def pack(
       ValueError: the folder holds a packing of other records or another shard size.
     """
     made_from = {"records": source.index.identity, "shard_size": shard_size}
-    go_on(folder / f"{name}.json", made_from, made=f"{name}-*.arrayrecord")
+    go_on(folder / f"{name}.json", made_from, made=f"{name}-[0-9]*-of-*.arrayrecord")
     starts = list(range(0, len(source), shard_size))
     files = [
         folder / f"{name}-{shard:05}-of-{len(starts):05}.arrayrecord"

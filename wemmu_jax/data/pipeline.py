@@ -168,18 +168,20 @@ class MicroBatches:
 
     def fixed_batches(self, task: Task, count: int) -> tuple[MicroBatch, ...]:
         """The first `count` micro-batches of `task` alone: the same ones at every call, for validation."""
-        alone = self._alone(task)
+        alone = self.alone(task)
         return tuple(alone[number] for number in range(count))
 
     def examples(self, task: Task, count: int) -> tuple[Example, ...]:
-        """The examples of the first `count` rows of `fixed_batches`, not encoded and on every process alike."""
-        alone = self._alone(task)
-        plans = list(map(alone.plan, range(-(-count // self.rows))))
-        rows = [alone.candidates(plan, row) for plan in plans for row in range(self.rows)]
-        made = [alone.maker.measure(row).candidates for row in rows[:count]]
-        return tuple(alone.maker.example(row.feed, row.records[0]) for row in made)
+        """What the first `count` rows of `fixed_batches` are made of, on every process alike. A row whose text is cut
+        is passed over, for a request cannot be."""
+        alone, found = self.alone(task), []
+        for number in range(-(-count // self.rows)):
+            rows = range(min(self.rows, count - number * self.rows))
+            found += [example for example, _ in alone.sample(number, rows)]
+        return tuple(one for one in found if self.text_length(one) <= self.text_lengths[-1])
 
-    def _alone(self, task: Task) -> "MicroBatches":
+    def alone(self, task: Task) -> "MicroBatches":
+        """The same records as micro-batches of one task."""
         return dataclasses.replace(self, mixture={task: 1.0})
 
     @property

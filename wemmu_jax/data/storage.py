@@ -17,6 +17,8 @@ from typing import BinaryIO
 
 import fsspec
 
+from wemmu_jax.errors import passes
+
 _READ_AHEAD = 2**20  # bytes of a remote file that is read from end to end
 TRIES = 4  # of a remote read; a network fails for a moment, a disk does not
 # Remote files of which this process has a copy for the time being, see `local_copy`.
@@ -216,7 +218,7 @@ class _RemoteFile(io.RawIOBase):
 
 def _patiently(path: str, function, *arguments, **options):
     """What `function` gives, tried again where the network fails; what it raises at last is an OSError that names the
-    path. Clients of buckets have errors of their own that are none, such as gcsfs's HttpError."""
+    path, and a ConnectionError where the same may go well later."""
     for attempt in range(TRIES):
         try:
             return function(*arguments, **options)
@@ -224,8 +226,18 @@ def _patiently(path: str, function, *arguments, **options):
             raise FileNotFoundError(f"{path}: no such file") from None
         except Exception as error:
             if attempt == TRIES - 1:
-                raise OSError(f"{path}: {error}") from error
+                kind = ConnectionError if _may_pass(error) else OSError
+                raise kind(f"{path}: {error}") from error
             time.sleep(2.0**attempt)
+
+
+def _may_pass(error: Exception) -> bool:
+    """Clients of buckets have errors of their own, such as gcsfs's HttpError, with the status of the answer: of those
+    that blame the request only a timeout and too many requests pass."""
+    status = getattr(error, "code", None) or getattr(error, "status", None)
+    if isinstance(status, int) and 400 <= status < 500:
+        return status in (408, 429)
+    return passes(error) or not isinstance(error, OSError | ValueError | TypeError | LookupError)
 
 
 def _spell(pattern: str) -> list[str]:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from wemmu_jax.data.prompts import RECONSTRUCTION_PROMPT
 from wemmu_jax.diffusion.guidance import Guidance, Scales, edit_guidance, request_guidance
+from wemmu_jax.files import replacing, write_json
 from wemmu_jax.inference.pipeline import WeMMU
 from wemmu_jax.inference.requests import DrawingRequest
 from wemmu_jax.miniworld import compositions, edits, prompts, questions, scorer
@@ -109,6 +110,14 @@ def asked_questions(kind: str, *, count: int, seed: int) -> list[questions.Quest
     ]
 
 
+def requests(
+    task: str, kind: str, *, count: int, seed: int
+) -> list[Case] | list[questions.Question]:
+    """What is asked for in one kind of any task; each has a `text`."""
+    asked = asked_questions if task == CHAT else functools.partial(cases, task)
+    return asked(kind, count=count, seed=seed)
+
+
 def answers_question(answer: str, gist: str) -> bool:
     """Whether the answer ends with what was asked for, as right ones do; case, blanks and a full stop do not count."""
     said = answer.strip().strip(".").lower()
@@ -141,7 +150,8 @@ def evaluate(
     out = pathlib.Path(out)
     out.mkdir(parents=True, exist_ok=True)
     scores: Scores = {}
-    with (out / "grades.jsonl").open("w") as lines:
+    # Those who look for grades find all of them, and the scores beside.
+    with replacing(out / "grades.jsonl") as partial, partial.open("w") as lines:
         for task in tasks:
             kinds = tuple(questions.KINDS) if task == CHAT else DRAWING_TASKS[task].kinds
             for kind in kinds:
@@ -154,7 +164,7 @@ def evaluate(
                     lines.write(json.dumps(row) + "\n")
                 scores.setdefault(task, {})[kind] = float(np.mean([g["correct"] for g in grades]))
             scores[task] = with_overall(scores[task])
-    (out / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
+        write_json(out / "scores.json", scores)
     return scores
 
 

@@ -127,13 +127,16 @@ def pretrain(recipe: Recipe, workdir: pathlib.Path) -> Tree:
         )
         for step in range(start + 1, steps + 1):
             state, values = update(state, frozen, on_devices(next(batches), mesh))
-            if step % EVERY_LINE == 0 or step in (1, steps):
+            stopping = stop.after(step)
+            saving = stopping or step % EVERY_CHECKPOINT == 0 or step == steps
+            if saving or step % EVERY_LINE == 0 or step == 1:
                 values = {name: float(value) for name, value in values.items()}
                 if not np.isfinite(values["loss"]):
                     raise FloatingPointError(f"{recipe.name}, step {step}: loss {values['loss']}")
-                progress.step(step, values, line=True)
-            stopping = stop.after(step)
-            if stopping or step % EVERY_CHECKPOINT == 0 or step == steps:
+                progress.step(step, values, line=step % EVERY_LINE == 0 or step in (1, steps))
+            if saving:
+                if not np.isfinite(optax.global_norm(state.params)):
+                    raise FloatingPointError(f"{recipe.name}, step {step}: weights are not finite")
                 checkpoints.save(state)
             if stopping:
                 raise InterruptedError(f"stopped at step {step}; the same command goes on")

@@ -86,8 +86,10 @@ def encode_features(
     )
     config = config.copy_and_resolve_references()
     config.data.features = ""
-    encoder, *data = prepare_data(config, origin, model.config)
-    data = [one for one in data if one is not None]
+    encoder, training, held_out = prepare_data(config, origin, model.config)
+    # Validation reads a task at a time: buckets that are short of records in the mixture may not be then.
+    tasks = held_out.mixture if held_out else ()
+    data = [training, *(held_out.alone(task) for task in tasks if held_out.mixture[task])]
     parts = list(_parts(data, encoder))
     fed = {one.feeds[pool.feed] for one in data for pool in one.pools}
     meta = {

@@ -27,15 +27,15 @@ def task_means(tasks: list[str], losses: np.ndarray) -> dict[str, float]:
     return {task: float(np.mean(values)) for task, values in sorted(rows.items())}
 
 
-def _validated(path: pathlib.Path) -> set[int]:
-    """The steps whose validation losses a run has written before; a last line may be half there."""
+def _validated(path: pathlib.Path, *, until: int) -> set[int]:
+    """The steps up to `until` whose validation losses a run has written before; a last line may be half there."""
     steps = set()
     for line in path.read_text().splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError):
             row = json.loads(line)
             if any(name.startswith("validation/") for name in row):
                 steps.add(row["step"])
-    return steps
+    return {step for step in steps if step <= until}
 
 
 class Progress:
@@ -47,9 +47,9 @@ class Progress:
     """
 
     def __init__(self, workdir: pathlib.Path, *, steps: int, batch: int, start: int, writes: bool):
-        # What a run that was killed wrote past its last checkpoint is hidden, or steps would come twice.
+        # What a run that was killed wrote past its last checkpoint is hidden, and written again.
         folder = str(workdir / "tensorboard")
-        self.validated = _validated(workdir / "metrics.jsonl")
+        self.validated = _validated(workdir / "metrics.jsonl", until=start)
         self._writer = SummaryWriter(folder, purge_step=start + 1) if writes else None
         self._lines = (workdir / "metrics.jsonl").open("a") if writes else None
         self._steps = steps

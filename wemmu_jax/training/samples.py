@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from wemmu_jax.data.tasks import Example, Task
+from wemmu_jax.files import replacing
 from wemmu_jax.inference.pipeline import WeMMU
 from wemmu_jax.sharding.processes import is_first
 from wemmu_jax.training.optimizer import merge
@@ -32,7 +33,8 @@ def draw_samples(run, params: Mapping, path: pathlib.Path) -> np.ndarray:
     )
     if is_first():
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(grid).save(path)
+        with replacing(path) as partial:
+            Image.fromarray(grid).save(partial, format="PNG")
     return grid
 
 
