@@ -65,14 +65,28 @@ def test_batch(wemmu, batch, requests, workdir, tmp_path):
     assert np.array_equal(alone, Image.open(out / "deep/a.png"))
     assert not np.array_equal(alone, Image.open(out / "b.png"))
     first = answers(tmp_path)
-    assert [(a["line"], a["instruction"]) for a in first] == [(7, "how many?"), (9, "why?")]
+    assert [a["instruction"] for a in first] == ["how many?", "why?"]
 
     (out / "b.png").unlink()
     kept = (out / "deep/a.png").stat().st_mtime_ns
-    (out / "answers.jsonl").write_text(json.dumps(first[0]) + '\n{"line": 9, "instr')  # killed here
+    (out / "answers.jsonl").write_text(
+        json.dumps(first[0]) + '\n{"instruction": "wh'
+    )  # killed here
     result = batch(file)
     assert "1 pictures drawn, 1 questions answered, 3 skipped" in result.out
     assert (out / "deep/a.png").stat().st_mtime_ns == kept
+    assert answers(tmp_path) == first
+
+    # A line before them, another word for the same folder, and all of another file done again.
+    moved = batch(
+        requests([REQUESTS[0], *REQUESTS]), "--checkpoint", f"{workdir}/../{workdir.name}"
+    )
+    assert "line 3: output_image: line 1 writes the same file" in moved.err
+    more = [{**REQUESTS[0], "output_image": "more.png"}, *REQUESTS]
+    result = batch(requests(more), "--checkpoint", f"{workdir}/../{workdir.name}")
+    assert "1 pictures drawn, 0 questions answered, 5 skipped" in result.out
+    result = batch(requests(REQUESTS[4:]), "--overwrite")
+    assert "0 pictures drawn, 1 questions answered, 0 skipped" in result.out
     assert answers(tmp_path) == first
 
     other = [{**REQUESTS[0], "seed": 6}, *REQUESTS[1:]]

@@ -12,6 +12,7 @@ import wemmu_jax
 from wemmu_jax import WeMMU
 from wemmu_jax.cli.pictures import targets
 from wemmu_jax.diffusion.guidance import Scales, edit_guidance, request_guidance
+from wemmu_jax.inference.requests import DrawingRequest
 from wemmu_jax.shipped import MODEL
 from wemmu_jax.training.origin import Origin
 
@@ -249,6 +250,26 @@ def test_scales_that_nobody_names_are_those_of_the_model(model, monkeypatch):
         request_guidance(0.0),
         edit_guidance(image=0.5, edit=0.0),
     ]
+
+
+def test_sources_of_several_aspects_are_drawn_in_one_call(workdir):
+    """And each picture is what it would be alone under its number."""
+    rng = np.random.default_rng(0)
+    sources = [
+        Image.fromarray(rng.integers(0, 255, (h, w, 3), np.uint8))
+        for h, w in ((48, 48), (30, 90), (48, 48), (30, 90))
+    ]
+    requests = [DrawingRequest("make it red", (source,)) for source in sources]
+    requests.insert(1, DrawingRequest("a red circle"))
+    how = {"size": (48, 48), "guidance": request_guidance(1.0), "seed": 3, "steps": 1}
+    model = WeMMU.load(workdir, dtype=np.float32)
+    together = model.draw(requests, **how)
+    assert len(together) == 5
+    singly = dataclasses.replace(model, batch_size=1).draw(requests, **how)
+    for one, other in zip(together, singly, strict=True):
+        near = np.abs(np.asarray(one, int) - np.asarray(other, int))
+        assert near.max() <= 1 and np.asarray(one).std() > 5
+    assert len({one.tobytes() for one in together}) == 5
 
 
 def test_arguments_of_the_other_calls(model):

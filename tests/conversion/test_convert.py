@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -162,6 +163,18 @@ def test_out_must_be_free(tied, tmp_path):
     Weights.open(tmp_path / "out")
 
 
+def test_out_is_no_link_and_no_disk(tied, tmp_path, monkeypatch):
+    """A folder cannot be put in the place of either, which is found out before any work."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "out").symlink_to("real")
+    with pytest.raises(FileExistsError, match="out: is a link"):
+        run(tied, tmp_path / "out")
+    monkeypatch.setattr(staging.os.path, "ismount", lambda path: path == tmp_path / "real")
+    with pytest.raises(FileExistsError, match="real: is where a disk is mounted"):
+        run(tied, tmp_path / "real")
+    assert sorted(f.name for f in tmp_path.rglob("*")) == ["out", "real"]
+
+
 def test_failure_while_writing_leaves_nothing(tied, tmp_path, monkeypatch):
     reads = iter(range(40))
 
@@ -212,6 +225,33 @@ def test_a_file_is_no_folder(tied, tmp_path):
     file = tied.vlm / "config.json"
     with pytest.raises(FileNotFoundError, match="is a file; expected the model's folder"):
         convert(str(file), str(tied.sana), str(tmp_path / "out"))
+
+
+class Refused(Exception):
+    """As the hub's client has it: no OSError."""
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (Refused("[Errno 111] Connection refused"), ConnectionError),
+        (TimeoutError("slow"), ConnectionError),
+        (huggingface_hub.errors.LocalEntryNotFoundError("offline"), FileNotFoundError),
+        (ValueError("no such repository"), FileNotFoundError),
+    ],
+)
+def test_a_hub_that_cannot_be_reached(tied, tmp_path, monkeypatch, error, kind):
+    def download(*_, **__):
+        raise error
+
+    monkeypatch.setattr(hub.huggingface_hub, "snapshot_download", download)
+    with pytest.raises(kind, match=r"owner/name: no such folder, and as a hub id .*Check the name"):
+        convert("owner/name", str(tied.sana), str(tmp_path / "out"))
+
+
+def test_a_user_that_is_not_there(tied, tmp_path):
+    with pytest.raises(FileNotFoundError, match="~nobody-of-that-name/x: no such folder"):
+        convert("~nobody-of-that-name/x", str(tied.sana), str(tmp_path / "out"))
 
 
 def test_hub_downloads_no_pickles(tied, monkeypatch):

@@ -226,6 +226,25 @@ def test_vae_tokens_do_not_depend_on_the_queries():
     assert np.abs(first[:, vae:] - second[:, vae:]).max() > 0.1
 
 
+@pytest.mark.parametrize(("dtype", "full"), [(jnp.float32, True), (jnp.bfloat16, False)])
+def test_products_in_float32_are_multiplied_in_full(dtype, full):
+    """On a TPU they would not be; forward and backward, which the program's text tells without one."""
+    model = WeMMUModel(fixtures.small_config(), dtype=dtype)
+    params = {part: fixtures.random_params(model)[part] for part in ("dit", "dc_ae")}
+    pixels = jax.ShapeDtypeStruct((1, HEIGHT, WIDTH, 3), jnp.uint8)
+    tokens = jax.ShapeDtypeStruct((1, 5, model.config.dit.caption_channels), jnp.float32)
+
+    def size(params, pixels, tokens):
+        latents = model.encode(params, pixels)
+        condition = Condition(tokens, jnp.ones(tokens.shape[:2], bool))
+        return (model.paint(params, latents, jnp.ones(1), condition) ** 2).sum()
+
+    with jax.default_matmul_precision("default"):
+        text = jax.jit(jax.grad(size)).lower(params, pixels, tokens).as_text()
+    assert text.count("stablehlo.convolution") > 20 and text.count("stablehlo.dot_general") > 20
+    assert ("DEFAULT" in text) is not full
+
+
 # -- queries
 
 
@@ -237,7 +256,7 @@ def test_noise_depends_on_seed_and_sample_number_alone():
     np.testing.assert_array_equal(draw(SEED, numbers[::-1]), noise[::-1])
     np.testing.assert_array_equal(draw(SEED, numbers[2:3]), noise[2:3])
     np.testing.assert_array_equal(draw(jax.random.key(SEED), numbers), noise)
-    assert not np.isclose(draw(SEED + 1, numbers), noise).any(axis=(1, 2)).all()
+    assert np.isclose(draw(SEED + 1, numbers), noise).mean(axis=(1, 2)).max() < 0.02
     flat = np.asarray(noise).reshape(8, -1)
     assert np.abs(np.corrcoef(flat) - np.eye(8)).max() < 0.25
     assert abs(flat.mean()) < 0.05 and abs(flat.std() - 1) < 0.05

@@ -1,6 +1,7 @@
 """From requests and training examples to arrays, on a merged token of 8 pixels and a latent of 16."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -12,13 +13,13 @@ from wemmu_jax.data.buckets import Bucket
 from wemmu_jax.data.records import Picture
 from wemmu_jax.data.tasks import Example, Task
 from wemmu_jax.models.qwen2_5_vl.images import patchify, slots_needed
-from wemmu_jax.models.qwen2_5_vl.prompt import PromptEncoder
+from wemmu_jax.models.qwen2_5_vl.prompt import TEXT_LIMIT, PromptEncoder
 from wemmu_jax.models.wemmu.config import Connector, VAEStream
 from wemmu_jax.models.wemmu.inputs import (
-    TEXT_LIMIT,
     RowEncoder,
     Shapes,
     prompt_batch,
+    read_preprocessing,
 )
 
 BUCKET, GRID = Bucket(32, 48), (4, 6)
@@ -210,6 +211,16 @@ def test_the_real_vocabulary(tmp_path):
         '{"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6],'
         ' "min_pixels": 64, "max_pixels": 4096}'
     )
+    # As a processor of transformers 5 writes it, all parts in one file; what is null is not there.
+    size = {"shortest_edge": 64, "longest_edge": 4096}
+    channels = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole/processor_config.json").write_text(
+        json.dumps({"image_processor": {**channels, "min_pixels": None, "size": size}})
+    )
+    assert read_preprocessing(tmp_path / "whole") == read_preprocessing(vlm)
+    with pytest.raises(FileNotFoundError, match=r"preprocessor_config\.json: missing"):
+        read_preprocessing(tmp_path)
     encoder = RowEncoder.load(tmp_path, fixtures.small_config()).sized([GRID], multiple=5)
     assert encoder.shapes.tokens == 25 and encoder.pixel_limits == (64, 4096)
     assert isinstance(encoder.prompts, PromptEncoder)

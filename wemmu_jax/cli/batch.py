@@ -5,7 +5,7 @@ import dataclasses
 import pathlib
 from typing import TYPE_CHECKING, Any
 
-from wemmu_jax.cli.answers import Answers
+from wemmu_jax.cli.answers import FOLDER, Answers
 from wemmu_jax.cli.arguments import add_model, add_steps
 from wemmu_jax.cli.pictures import check_target, save, settings_of
 from wemmu_jax.cli.request_lines import ANSWERS, Line, read_lines
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
 
     file = pathlib.Path(args.out) / ANSWERS
     check_target(file, name="--out")
-    answers = Answers(file, fresh=args.overwrite)
+    answers = Answers(file)
     bare = WeMMU.without_weights(args.checkpoint, dtype=args.dtype)
     jobs = _jobs(args, bare, answers)
     todo = [job for job in jobs if not job.done]
@@ -88,7 +88,6 @@ def _job(line: Line, bare: "WeMMU", args: argparse.Namespace, answers: Answers) 
     if target is None:
         bare.check_chat(request.instruction, request.images)
         asked = {
-            "line": line.number,
             "instruction": request.instruction,
             "input_images": list(request.images),
             "seed": request.seed,
@@ -96,7 +95,7 @@ def _job(line: Line, bare: "WeMMU", args: argparse.Namespace, answers: Answers) 
             "weights": bare.identity,
             "dtype": args.dtype,
         }
-        return Job(line, asked, answers.has(asked))
+        return Job(line, asked, answers.has(asked) and not args.overwrite)
     size = request.size(bare)
     settings = request.settings(size, bare, checkpoint=args.checkpoint, dtype=args.dtype)
     if args.overwrite or not target.exists():
@@ -105,7 +104,7 @@ def _job(line: Line, bare: "WeMMU", args: argparse.Namespace, answers: Answers) 
     differing = [
         f"{name} {found.get(name)!r} there, {value!r} here"
         for name, value in settings.items()
-        if name != "wemmu" and found.get(name) != value
+        if name not in ("wemmu", FOLDER) and found.get(name) != value
     ]
     if differing:
         raise ValueError(

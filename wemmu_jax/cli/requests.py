@@ -53,6 +53,11 @@ class Request:
 
     def __post_init__(self) -> None:
         check_images(self.task, len(self.images))
+        for path in self.images:  # each is written beside the picture
+            try:
+                path.encode()
+            except UnicodeEncodeError:
+                raise ValueError(f"{path!r}: expected a path in Unicode") from None
 
     def size(self, model: "WeMMU") -> tuple[int, int]:
         """(height, width) of the picture; raises what drawing it would raise. The model needs no weights."""

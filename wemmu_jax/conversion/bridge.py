@@ -100,6 +100,8 @@ def _header(file: str | Path) -> Header:
     if header.metadata.get("format") != FORMAT:
         found = header.metadata.get("format")
         raise ValueError(f"{file}: expected format {FORMAT!r}, found {found!r}")
+    if missing := {"bridge", "backbones"} - header.metadata.keys():
+        raise ValueError(f"{file}: damaged: its metadata lack {', '.join(sorted(missing))}")
     return header
 
 

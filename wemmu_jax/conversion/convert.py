@@ -160,7 +160,7 @@ def _unloadable(vlm: Path, sana: Path) -> list[str]:
             faults.append(str(error))
 
     config, transformer = vlm / "config.json", sana / "transformer/config.json"
-    attempt(read_preprocessing, vlm / "preprocessor_config.json")
+    attempt(read_preprocessing, vlm)
     attempt(read_sample_size, transformer)
     # How the parts fit each other can be said of sound configs only.
     attempt(PromptEncoder.load if _is_sound(Qwen25VLConfig, config) else load_tokenizer, vlm)

@@ -1,10 +1,13 @@
 """A model named on the command line becomes a local folder."""
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import huggingface_hub
+
+from wemmu_jax.errors import passes
 
 VLM_FILES = ("*.safetensors", "*.json", "*.txt", "*.jinja")
 # Sana's own text encoder (5 GB) and tokenizer are not needed: WeMMU's queries take their place.
@@ -29,8 +32,9 @@ def local_folder(source: str, files: Sequence[str]) -> Path:
 
     Raises:
       FileNotFoundError: it is neither a folder nor a model that can be reached; says what to do.
+      ConnectionError: the network failed on the way.
     """
-    folder = Path(source).expanduser()
+    folder = Path(os.path.expanduser(source))  # leaves a user that is not there as it is written
     if folder.is_dir():
         return folder
     if folder.exists():
@@ -41,8 +45,10 @@ def local_folder(source: str, files: Sequence[str]) -> Path:
         )
     try:
         snapshot = huggingface_hub.snapshot_download(source, allow_patterns=list(files))
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
+    except Exception as error:  # those of the network are of the hub's client, and no OSError
+        final = isinstance(error, OSError | ValueError) and not passes(error)
+        kind = FileNotFoundError if final else ConnectionError
+        raise kind(
             f"{source}: no such folder, and as a hub id it cannot be reached ({type(error).__name__}: "
             f"{error}). Check the name, the network and your access to the model; or download it "
             "elsewhere and give the path of its folder"

@@ -37,7 +37,10 @@ def staged(out: Path) -> Iterator[Path]:
 
 
 def check_free(out: Path) -> None:
-    """Raises FileExistsError if there is something at `out` already."""
+    """Raises FileExistsError if there is something at `out` already that a new folder cannot take the place of."""
+    if out.is_dir() and (out.is_symlink() or os.path.ismount(out)):
+        kind = "a link" if out.is_symlink() else "where a disk is mounted"
+        raise FileExistsError(f"{out}: is {kind}; choose a new folder, which may lie in it")
     if out.is_dir() and not any(out.iterdir()):
         return
     if out.exists() or out.is_symlink():

@@ -220,7 +220,8 @@ class WeMMU:
         """One picture for each request: what the methods above do, for many requests at once.
 
         Args:
-          requests: all with the same number of sources. Picture i is number i under `seed`.
+          requests: with any sources; those whose sources are alike are drawn together. Picture i is number i under
+            `seed`.
           size: (height, width) of all pictures.
           guidance: how the branches are weighed.
           seed, steps: as in `generate`.
@@ -236,9 +237,9 @@ class WeMMU:
         rows = self.requests.sized(requests, size)
         canvas = Canvas(*size, self.model.config.query_grid(*size), rows.shapes.tokens)
         settings = SolverSettings(steps=steps, shift=self.shift, solver=self.solver)
-        pictures: list[Image.Image] = []
-        for start in range(0, len(requests), self.batch_size):
-            chunk = requests[start : start + self.batch_size]
+        pictures: dict[int, Image.Image] = {}
+        for numbers in self.requests.alike(requests, size, self.batch_size):
+            chunk = [requests[number] for number in numbers]
             branches = [
                 self.with_latents(self.requests.branch(branch, chunk, size, rows))
                 for branch in guidance.branches
@@ -250,10 +251,10 @@ class WeMMU:
                 canvas=canvas,
                 settings=settings,
                 seed=seed,
-                numbers=jnp.arange(start, start + len(chunk), dtype=jnp.uint32),
+                numbers=jnp.asarray(numbers, jnp.uint32),
             )
-            pictures += [Image.fromarray(picture) for picture in on_host(pixels)]
-        return pictures
+            pictures |= zip(numbers, map(Image.fromarray, on_host(pixels)), strict=True)
+        return [pictures[number] for number in range(len(requests))]
 
     def check(
         self,

@@ -19,7 +19,7 @@ from wemmu_jax.diffusion.guidance import Branch
 from wemmu_jax.models.qwen2_5_vl.images import resize_rgb, smart_size
 from wemmu_jax.models.qwen2_5_vl.prompt import PaddedPrompt
 from wemmu_jax.models.wemmu.batch import PackedImages, PromptBatch
-from wemmu_jax.models.wemmu.config import WeMMUConfig
+from wemmu_jax.models.wemmu.config import Pathway, WeMMUConfig
 from wemmu_jax.models.wemmu.inputs import RowEncoder, prompt_batch, read_sample_size
 
 # Prompts are padded to one of these, and pictures to a multiple of this, so that few programs are compiled.
@@ -101,15 +101,31 @@ class RequestEncoder:
         query_grid = self.config.query_grid(*size)  # first: it checks the size
         grids = [self._source_grids(request.sources, size) for request in requests]
         every = [query_grid, *(grid for own in grids for grid in own)]
+        if self.config.bridge.pathway is Pathway.VIT and len(set(every)) > 1:
+            raise ValueError(
+                f"pathway=vit draws a source on the grid of the output, {query_grid}; found {grids}"
+            )
         rows = self.rows.sized(every, multiple=TOKEN_MULTIPLE)
         for request, own in zip(requests, grids, strict=True):
             rows.prompt(request.text, own, overflow="error")
         return rows
 
+    def alike(self, requests: Sequence[DrawingRequest], size: Size, most: int) -> list[list[int]]:
+        """The requests' numbers, at most `most` together and those together whose sources lie on the same grids."""
+        groups: dict[tuple, list[int]] = {}
+        for number, request in enumerate(requests):
+            grids = tuple(self._source_grids(request.sources, size))
+            groups.setdefault(grids, []).append(number)
+        return [
+            group[start : start + most]
+            for group in groups.values()
+            for start in range(0, len(group), most)
+        ]
+
     def branch(
         self, branch: Branch, requests: Sequence[DrawingRequest], size: Size, rows: RowEncoder
     ) -> BranchInputs:
-        """One guidance branch of requests that have the same number of sources, encoded by `sized`."""
+        """One guidance branch of requests that are `alike`, encoded by `sized`."""
         if branch is Branch.NOTHING:
             requests = [DrawingRequest("")] * len(requests)
         elif branch is Branch.SOURCE:

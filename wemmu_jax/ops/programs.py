@@ -1,8 +1,11 @@
 """How programs are compiled."""
 
+import contextlib
+import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
 from wemmu_jax.ops.axes import current_platform
 
@@ -35,6 +38,23 @@ def jit_stack(function: Callable, **options) -> Callable:
     if jax.default_backend() == "cpu":
         chosen = _KEEP_CONVERSIONS_IN_THE_LOOP
     return jax.jit(function, compiler_options=chosen, **options)
+
+
+def in_full(function: Callable) -> Callable:
+    """Products of a model in float32 are float32's, in the backward pass too: a TPU would round their operands to
+    bfloat16, a GPU to TF32.
+
+    Args:
+      function: to be traced; its first argument is the model, or whatever has the `dtype` of its products.
+    """
+
+    @functools.wraps(function)
+    def traced(model, *arguments, **options):
+        full = jnp.dtype(model.dtype) == jnp.float32
+        with jax.default_matmul_precision("highest") if full else contextlib.nullcontext():
+            return function(model, *arguments, **options)
+
+    return traced
 
 
 @jax.custom_vjp

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from wemmu_jax.models.qwen2_5_vl.text import KeyValues, Pattern, TextModel
+from wemmu_jax.ops.programs import in_full
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +67,7 @@ class _State:
     jax.jit,
     static_argnames=("model", "max_new_tokens", "eos_ids", "sampling", "return_logits"),
 )
+@in_full
 def generate(
     model: TextModel,
     params: dict,

@@ -19,11 +19,9 @@ from wemmu_jax.data.tasks import Task
 from wemmu_jax.files import read_object
 from wemmu_jax.models.qwen2_5_vl.answers import encode_turns, target_weights
 from wemmu_jax.models.qwen2_5_vl.images import pack_images, pack_pixels, patchify, slots_needed
-from wemmu_jax.models.qwen2_5_vl.prompt import PromptEncoder
+from wemmu_jax.models.qwen2_5_vl.prompt import TEXT_LIMIT, PromptEncoder
 from wemmu_jax.models.wemmu.batch import PackedImages, PromptBatch
 from wemmu_jax.models.wemmu.config import WeMMUConfig
-
-TEXT_LIMIT = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +82,7 @@ class RowEncoder:
           ValueError: a file is damaged, or the tokenizer is not the model's.
         """
         vlm = pathlib.Path(folder) / "vlm"
-        preprocessing = read_preprocessing(vlm / "preprocessor_config.json")
+        preprocessing = read_preprocessing(vlm)
         return cls(config=config, prompts=PromptEncoder.load(vlm), **preprocessing)
 
     def sized(self, grids: Sequence[tuple[int, int]], *, multiple: int) -> "RowEncoder":
@@ -224,14 +222,19 @@ def picture_id(pixels: np.ndarray) -> np.uint32:
     return np.uint32(zlib.crc32(np.ascontiguousarray(pixels)))
 
 
-def read_preprocessing(file: pathlib.Path) -> dict[str, tuple]:
-    """`mean`, `std` and `pixel_limits` of a `RowEncoder`, from a `preprocessor_config.json`.
+def read_preprocessing(vlm: pathlib.Path) -> dict[str, tuple]:
+    """`mean`, `std` and `pixel_limits` of a `RowEncoder`, from a VLM's `preprocessor_config.json`, or from
+    `processor_config.json`, which is all that a processor of transformers 5 writes.
 
     Raises:
       FileNotFoundError: it is missing.
       ValueError: one of them is not in it or cannot be; names file and key.
     """
-    settings = read_object(file)
+    file, whole = vlm / "preprocessor_config.json", vlm / "processor_config.json"
+    if file.exists() or not whole.exists():
+        settings = read_object(file)
+    else:
+        file, settings = whole, read_object(whole, keys=["image_processor"])["image_processor"]
     try:
         mean, std = _channels(settings, "image_mean"), _channels(settings, "image_std")
         if min(std) <= 0:
@@ -269,9 +272,10 @@ def _pixel_limits(settings: Mapping[str, Any]) -> tuple[int, int]:
     """Published configs name `min_pixels` and `max_pixels`; those that transformers 5 writes have `size` instead."""
     size = settings.get("size")
     size = size if isinstance(size, dict) else {}
-    limits = (
-        settings.get("min_pixels", size.get("shortest_edge")),
-        settings.get("max_pixels", size.get("longest_edge")),
+    named = [settings.get(key) for key in ("min_pixels", "max_pixels")]
+    edges = [size.get(key) for key in ("shortest_edge", "longest_edge")]
+    limits = tuple(
+        edge if limit is None else limit for limit, edge in zip(named, edges, strict=True)
     )
     if None in limits:
         raise ValueError("neither min_pixels and max_pixels nor size with both edges")

@@ -28,6 +28,7 @@ from wemmu_jax.models.wemmu.config import Connector, Pathway, VAEStream, WeMMUCo
 from wemmu_jax.models.wemmu.position_mlp import PositionMLP, pad_tokens
 from wemmu_jax.models.wemmu.queries import Queries
 from wemmu_jax.models.wemmu.vae_branch import VAEBranch, distillation_loss
+from wemmu_jax.ops.programs import in_full
 
 Params = Mapping[str, Mapping]
 
@@ -71,7 +72,7 @@ class WeMMUModel:
 
     Attributes:
       config: sizes and switches.
-      dtype: compute type of the large products.
+      dtype: compute type of the large products; float32 is multiplied in full on any platform.
       remat: name of the rematerialisation policy of the layer stacks, see `ops.remat`.
     """
 
@@ -138,6 +139,7 @@ class WeMMUModel:
 
     # -- the three verbs
 
+    @in_full
     def read(
         self,
         params: Params,
@@ -188,6 +190,7 @@ class WeMMUModel:
         )
         return Context(key_values, prompt.valid, prompt.next_position, **extra)
 
+    @in_full
     def write(
         self,
         params: Params,
@@ -262,6 +265,7 @@ class WeMMUModel:
             )
         return context.features
 
+    @in_full
     def paint(
         self, params: Params, latents: jax.Array, timestep: jax.Array, condition: Condition
     ) -> jax.Array:
@@ -273,16 +277,19 @@ class WeMMUModel:
 
     # -- the autoencoder
 
+    @in_full
     def encode(self, params: Params, pixels: jax.Array) -> jax.Array:
         """uint8[B, H, W, 3] -> scaled latents float32[B, h, w, C]."""
         scaled = pixels.astype(jnp.float32) / 127.5 - 1
         return self.dc_ae.apply({"params": params["dc_ae"]}, scaled, method="encode")
 
+    @in_full
     def decode(self, params: Params, latents: jax.Array) -> jax.Array:
         """Scaled latents float32[B, h, w, C] -> uint8[B, H, W, 3]."""
         pixels = self.dc_ae.apply({"params": params["dc_ae"]}, latents, method="decode")
         return jnp.round(jnp.clip((pixels + 1) * 127.5, 0, 255)).astype(jnp.uint8)
 
+    @in_full
     def embed_prompt(
         self,
         vlm: Mapping,
