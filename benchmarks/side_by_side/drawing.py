@@ -1,5 +1,6 @@
 """Rows of pictures, from tokens to pixels."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,7 +10,7 @@ import torch
 
 from benchmarks.side_by_side.inputs import prompt, source
 from benchmarks.side_by_side.pair import Pair, on_device
-from benchmarks.side_by_side.parts import RUNGS
+from benchmarks.side_by_side.parts import RUNGS, on_torch
 from benchmarks.side_by_side.reference import PARTS, Modules
 from benchmarks.side_by_side.timing import Row, Side
 from wemmu_jax.diffusion.guidance import Branch, Guidance, edit_guidance, request_guidance
@@ -77,7 +78,8 @@ def _drawing(pair: Pair, guidance: Guidance, *, sources: bool = False) -> Row:
             numbers=numbers,
         )
 
-    queries = np.array(draw_noise(SEED, numbers, grid=grid, width=pair.model.width))
+    queries = on_torch(pair, draw_noise(SEED, numbers, grid=grid, width=pair.model.width))
+    shown = sources and dataclasses.replace(given, patches=on_torch(pair, given.patches))
     shape = (sizes.side // ratio, sizes.side // ratio, config.dit.in_channels)
     key = stream_key(SEED, Stream.SAMPLER)
     noise = per_sample(key, numbers, lambda k: jax.random.normal(k, shape, jnp.float32))
@@ -89,9 +91,9 @@ def _drawing(pair: Pair, guidance: Guidance, *, sources: bool = False) -> Row:
         latents = modules.to_latents(given.pixels) if sources else None
         conditions = []
         for branch, p in prompts.items():
-            seen = given if branch is not Branch.NOTHING else None
+            seen = shown if sources and branch is not Branch.NOTHING else None
             cache = modules.read(p, seen, latents)
-            conditions.append(modules.write(p, cache, modules.tensor(queries)))
+            conditions.append(modules.write(p, cache, queries))
         drawn = modules.solve(torch.cat(conditions), noise, weights, sizes.solver_steps)
         return modules.to_pixels(drawn)
 

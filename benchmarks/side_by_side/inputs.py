@@ -100,7 +100,7 @@ class Source:
     """
 
     packed: PackedImages
-    patches: np.ndarray
+    patches: np.ndarray | torch.Tensor
     grid_thw: torch.Tensor
     pixels: np.ndarray
 

@@ -90,9 +90,12 @@ class Modules:
             scale=pair.config.dc_ae.scaling_factor,
         )
 
-    def tensor(self, array: np.ndarray) -> torch.Tensor:
-        """A copy on the device; floating numbers in the compute type."""
-        tensor = torch.from_numpy(np.array(array)).to(self.device)
+    def tensor(self, array: np.ndarray | torch.Tensor) -> torch.Tensor:
+        """On the device, floating numbers in the compute type: a copy, or what is there already. Large arrays are,
+        before time is taken, as they are for the other side."""
+        if not isinstance(array, torch.Tensor):
+            array = torch.from_numpy(np.array(array))
+        tensor = array.to(self.device)
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
     def read(self, prompt: Prompt, source: Source | None, latents: torch.Tensor | None) -> Cache:

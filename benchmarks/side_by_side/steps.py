@@ -218,9 +218,11 @@ def stage_step(pair: Pair, *, stage: int) -> Row:
     trained = [modules[name] for name in PARTS if name in learns]
     load, drop, optimizers = _moves(pair, list(modules.values()), trained)
     draws = _Draws.of(settings, numbers, config, sizes.side, grid, pair.model.width)
+    draws = dataclasses.replace(draws, queries=on_torch(pair, draws.queries))
+    shown = dataclasses.replace(given, patches=on_torch(pair, given.patches))
 
     def theirs(rung: str):
-        loss = _torch_loss(pair, made[rung], stage, asked, given, target, draws)
+        loss = _torch_loss(pair, made[rung], stage, asked, shown, target, draws)
         return optimizers[-1].step(loss)
 
     made = {rung: Modules.of(pair, rung) for rung in RUNGS}
@@ -267,7 +269,7 @@ def _settings(pair: Pair, stage: int) -> Stage:
 class _Draws:
     """What the step draws, made by our functions: torch would draw other numbers."""
 
-    queries: np.ndarray  # [B, Q, D]
+    queries: np.ndarray | torch.Tensor  # [B, Q, D]
     noise: np.ndarray  # [B, h, w, C]
     sigma: np.ndarray  # [B]
     partner: int

@@ -77,7 +77,9 @@ def compiled(remat: str) -> Compiled:
         places,
     )
     with jax.default_matmul_precision("default"):
-        return compile_program(jax.jit(gradients, out_shardings=places).lower(params, *inputs))
+        return compile_program(
+            jax.jit(gradients, out_shardings=places).lower(params, *inputs), draft=False
+        )
 
 
 @pytest.mark.slow
@@ -86,10 +88,10 @@ def test_attention_is_the_splash_kernel_and_its_cost_is_known():
     kernels = [(times, one) for times, one in region.walk() if one.work is Work.KERNEL]
     product = 2 * (ROWS // 2) * (HEADS // 2) * TOKENS * (CONTEXT + TOKENS) * WIDTH
     found = sorted((times, kernel_flops(one) / product) for times, one in kernels)
-    # Forward twice, once to recompute; keys are padded from 896 to 1024.
+    # Forward twice, once to recompute, and one kernel for all gradients; keys are padded from 896 to 1024.
     padded = 1024 / 896
-    assert [times for times, _ in found] == [LAYERS] * 4
-    assert [cost for _, cost in found] == pytest.approx([n * padded for n in (2, 2, 3, 4)])
+    assert [times for times, _ in found] == [LAYERS] * 3
+    assert [cost for _, cost in found] == pytest.approx([n * padded for n in (2, 2, 5)])
     assert all("attention_splash" in one.op_name for _, one in kernels)
 
 

@@ -159,6 +159,9 @@ def test_a_group_uses_the_links_along_which_it_lies():
     assert pod.bandwidth(range(4)) == V5P.link  # half of it
     assert pod.bandwidth(range(32)) == 4 * V5P.link  # two whole rings
     assert torus(2, 2).bandwidth(range(4)) == 2 * V5P.link  # too short to be closed
+    assert (
+        torus(2, 2, 4).bandwidth(range(4)) == V5P.link
+    )  # closed in a whole cube of 4 x 4 x 4 alone
 
 
 def test_collectives_take_the_time_of_their_bytes():

@@ -44,7 +44,7 @@ class Chip:
 # By `device_kind`.
 CHIPS = {
     "TPU v4": Chip(1.05e9, 275e12, 30.75 * GIB, 1.2e12, 50e9, 4, 6.25e9, 16e9),
-    "TPU v5 lite": Chip(1.5e9, 197e12, 15.75 * GIB, 800 * GIB, 50e9, 16, 3.125e9, 16e9),
+    "TPU v5 lite": Chip(1.5e9, 197e12, 15.75 * GIB, 819e9, 50e9, 16, 3.125e9, 16e9),
     "TPU v5": Chip(1.75e9, 459e12, 95.74 * GIB, 2.765e12, 100e9, 4, 6.25e9, 16e9),
     "TPU v6 lite": Chip(1.75e9, 918e12, 31.25 * GIB, 1.638e12, 100e9, 16, 12.5e9, 32e9),
     "TPU7x": Chip(2.2e9, 1153.5e12, 94.75 * GIB, 3.69e12, 50e9, 4, 6.25e9, 32e9),

@@ -60,6 +60,16 @@ def connector_flops(config: WeMMUConfig, tokens: int) -> float:
     return 2.0 * tokens * products + 4.0 * depth * tokens**2 * width
 
 
+def branch_flops(config: WeMMUConfig, tokens: int, *, learns: bool) -> float:
+    """The VAE branch over one source, with the gradients that it needs: of its weights, and towards the inputs of all
+    layers but the first, for latents have none."""
+    forward = connector_flops(config, tokens)
+    if not (learns and forward):
+        return forward
+    first = 2.0 * tokens * config.dit.in_channels * config.vlm.text.hidden_size
+    return 3 * forward - first
+
+
 def position_mlp_flops(config: WeMMUConfig, queries: int) -> float:
     """The Position MLP's forward pass."""
     width, hidden = config.vlm.text.hidden_size, config.bridge.position_mlp_hidden
@@ -170,7 +180,7 @@ def sample_flops(
     encoded += arity * has_vae * encode_flops(config.dc_ae, rows * ratio, columns * ratio)
     flops = {
         "ViT": arity * vision_flops(config.vlm.vision, source),
-        "VAE branch": 2 * arity * connector_flops(config, source),
+        "VAE branch": arity * branch_flops(config, source, learns=learns.branch),
         "Position MLP": 3 * position_mlp_flops(config, queries),
         "DiT": (3 if learns.dit else 2)
         * dit_flops(config.dit, latents, queries, draws=learns.draws),
@@ -182,6 +192,7 @@ def sample_flops(
     expert = expert_flops(config.vlm.text, queries, prompt, beside)
     flops |= {"LLM prefill": linear + attention, "expert": 3 * expert}
     if learns.branch and in_prompt:
-        # Gradients of the VAE tokens' activations: as many products as forward, in attention twice as many.
+        # Gradients of the VAE tokens' activations: as many products as forward, in attention twice as many. The tokens
+        # behind them have gradients too; as in the design's numbers, these are not counted.
         flops["LLM prefill"] += in_prompt / prompt * (linear + 2 * attention)
     return flops

@@ -243,7 +243,7 @@ def _misfit(setting: Setting, what: str, needed: float, temporaries: float, chip
 
 
 def _own_assumptions(setting: Setting, all_shapes: bool) -> list[str]:
-    said = [f"texts are padded to {setting.text_length} tokens"]
+    said = [f"texts fill the {setting.text_length} tokens that they are padded to"]
     if not setting.config.data.sources:
         said.append("no data.sources: every bucket alike; M-Edit has two sources, S-Edit one")
     if setting.draft:

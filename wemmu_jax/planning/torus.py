@@ -40,6 +40,14 @@ class Torus:
         """Devices along each axis of a slice."""
         return self.places.max(axis=0) - self.places.min(axis=0) + 1
 
+    @functools.cached_property
+    def _rings(self) -> np.ndarray:
+        """Whether the ends of each axis are joined. Chips that are cabled in cubes of 4 x 4 x 4 (v4, v5p, TPU7x) join
+        none in a slice that is less than a cube along any axis."""
+        rings = self.sides % self.chip.ring == 0
+        in_cubes = self.chip.ring == 4
+        return rings & rings[:3].all() if in_cubes else rings
+
     @property
     def chips(self) -> int:
         """Chips that the devices are on."""
@@ -50,7 +58,7 @@ class Torus:
         lies, two where the group fills a closed axis."""
         places = self.places[list(group)]
         extent = np.array([len(np.unique(column)) for column in places.T])
-        closed = (extent == self.sides) & (self.sides % self.chip.ring == 0)
+        closed = (extent == self.sides) & self._rings
         return float(((extent > 1) * (1 + closed)).sum()) * self.chip.link
 
     def seconds(self, collective: Collective) -> float:
