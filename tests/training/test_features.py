@@ -11,6 +11,7 @@ from PIL import Image
 from tests.training.conftest import watched
 from wemmu_jax.data.features import Features, feature_key
 from wemmu_jax.data.pipeline import MicroBatches
+from wemmu_jax.data.tasks import Task
 from wemmu_jax.tiny.backbones import DC_AE_CONFIG
 from wemmu_jax.training import features
 from wemmu_jax.training.run import prepare
@@ -153,6 +154,28 @@ def test_a_set_that_changed_is_refused(encoded, config, photos, tmp_path, monkey
     (tmp_path / "photos/captions.jsonl").write_text(lines)
     shutil.copy(f"{photos[0]['folder']}/0.jpg", tmp_path / "photos/0.jpg")
     assert encode(other, encoded[0])[1], "other words, the same pictures"
+
+
+def test_validation_finds_those_of_a_task_alone(config_of, photos, tmp_path):
+    """Tall pictures are enough for reconstruction by itself, and merge with others where edits have none."""
+    lines = []
+    for number in range(22):
+        height, width = (60, 20) if number < 8 else (40, 40)
+        pixels = np.random.default_rng(number).integers(0, 256, (height, width, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+        line = {"image": f"{number}.png", "caption": "a star"}
+        if number >= 16:
+            line = {"image": f"{number}.png", "instruction": "x", "sources": ["9.png"]}
+        lines.append(json.dumps(line) + "\n")
+    (tmp_path / "captions.jsonl").write_text("".join(lines))
+    held_out = {**photos[0], "name": "few", "folder": str(tmp_path)}
+    changes = {"data.sources": photos, "data.held_out": (held_out,), "data.threads": 0}
+    config = config_of("stage3", **changes, **{"data.buckets": 3, "validation_rows": 4})
+    assert encode(config, tmp_path / "features")[1]
+    run = prepare(with_features(config, tmp_path / "features"))
+    made = run.held_out.fixed_batches(Task.REC, 6)
+    assert len({batch.bucket for batch in made}) == 2 and not any(batch.bad for batch in made)
+    assert len({bucket for arity, bucket in run.held_out.shares if arity == 1}) == 1
 
 
 def test_what_is_drawn_has_none(config_of, tmp_path):
