@@ -168,8 +168,11 @@ def test_validation_finds_those_of_a_task_alone(config_of, photos, tmp_path):
             line = {"image": f"{number}.png", "instruction": "x", "sources": ["9.png"]}
         lines.append(json.dumps(line) + "\n")
     (tmp_path / "captions.jsonl").write_text("".join(lines))
-    held_out = {**photos[0], "name": "few", "folder": str(tmp_path)}
-    changes = {"data.sources": photos, "data.held_out": (held_out,), "data.threads": 0}
+    held_out = (
+        {**photos[0], "tasks": ("T2I", "Uncond")},
+        {**photos[0], "name": "few", "folder": str(tmp_path), "tasks": ("Rec", "S-Edit")},
+    )
+    changes = {"data.sources": photos, "data.held_out": held_out, "data.threads": 0}
     config = config_of("stage3", **changes, **{"data.buckets": 3, "validation_rows": 4})
     assert encode(config, tmp_path / "features")[1]
     run = prepare(with_features(config, tmp_path / "features"))
