@@ -7,7 +7,9 @@ import pytest
 import yaml
 from PIL import Image
 
+from wemmu_jax.cli import data
 from wemmu_jax.data import measuring, sources
+from wemmu_jax.data.buckets import make_buckets
 from wemmu_jax.data.sources import build_feeds
 
 
@@ -36,6 +38,20 @@ def spec_of(tmp_path, *entries):
     file = tmp_path / "sets.yaml"
     file.write_text(yaml.safe_dump(list(entries)))
     return file
+
+
+@pytest.mark.parametrize(
+    ("spec", "given", "resolution"),
+    [
+        ("configs/wemmu_3b.py:stage1", None, 512),
+        ("configs/wemmu_3b.py:stage2", None, 1024),
+        ("configs/wemmu_3b.py:stage2", 768, 768),
+        ("sets.yaml", None, 512),
+    ],
+)
+def test_pictures_are_sorted_into_the_buckets_of_the_stage(spec, given, resolution):
+    args = types.SimpleNamespace(spec=spec, resolution=given, overrides={})
+    assert data._buckets(args) == make_buckets(resolution, multiple=32)
 
 
 def test_entries_are_looked_at_before_any_file(refused, entry, tmp_path):

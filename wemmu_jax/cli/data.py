@@ -5,6 +5,7 @@ SPEC is a YAML file of data sets, or a stage's config, `FILE.py:STAGE`, whose se
 
 import argparse
 import dataclasses
+import math
 import os
 import pathlib
 import sys
@@ -52,7 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             metavar="DIR",
             help="converted weights or a workdir; show reads its tokenizer",
         )
-    made["check"].add_argument("--resolution", type=whole(1), default=512, help="of the buckets")
+    text = "of the buckets; by default the stage's, or 512"
+    made["check"].add_argument("--resolution", type=whole(1), help=text)
     made["show"].add_argument("--count", type=whole(1), default=64, help="samples")
     made["show"].add_argument("--resolution", type=whole(1), default=512, help="of the buckets")
     made["caption"].add_argument("--resolution", type=whole(1), default=512)
@@ -87,11 +89,10 @@ def _index(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    from wemmu_jax.data.buckets import make_buckets
     from wemmu_jax.data.checking import check, check_task, duplicate_keys
     from wemmu_jax.data.indexing import Renewal
 
-    buckets = make_buckets(args.resolution, multiple=32)
+    buckets = _buckets(args)
     sets, tasks = _data_sets(args), _trained(args)
 
     def work(one, source) -> None:
@@ -117,6 +118,22 @@ def _check(args: argparse.Namespace) -> None:
             raise ValueError("; ".join(wrong))
 
     _for_each(sets, work, processes=args.processes, renewal=Renewal.LEFT_OUT)
+
+
+def _buckets(args: argparse.Namespace):
+    """Those that SPEC's stage trains in, or of --resolution; by the ratio of Sana's autoencoder, as far as that divides
+    the resolution, for no weights are here that would tell."""
+    from wemmu_jax.data.buckets import make_buckets
+
+    if args.resolution or not _is_config(args):
+        return make_buckets(args.resolution or 512, multiple=32)
+    fields = _config(args).data
+    return make_buckets(
+        fields.resolution,
+        multiple=math.gcd(32, fields.resolution),
+        count=fields.buckets,
+        max_ratio=fields.max_aspect,
+    )
 
 
 def _show(args: argparse.Namespace) -> None:
