@@ -45,8 +45,9 @@ def scores_section(folder: pathlib.Path) -> str:
             rows.append([task, kind, *values, *others, wanted])
     heads = ["task", "kind", "after stage 3", "after stage 4", *beside, "wanted"]
     said = (
-        f"{count} held-out requests of each kind, scenes and wordings that training never saw. Made by "
-        "`wemmu evaluate miniworld` and `wemmu miniworld report scores`; baselines are graded on the same requests."
+        f"{count} held-out requests of each kind, scenes and wordings that training never saw, drawn with the model's "
+        "own scales of guidance. Made by `wemmu evaluate miniworld` and `wemmu miniworld report scores`; baselines are "
+        "graded on the same requests."
     )
     return f"{table(heads, rows)}\n\n{said}"
 
