@@ -266,10 +266,10 @@ def test_how_many_records_are_thought_to_be_lost(tmp_path):
         build_feeds([entry], bad_share=0.5)
     ledger = Ledger(tmp_path / "ledger.jsonl", share=0.5)
     assert ledger.note_indexed(build_feeds([entry], bad_share=0.6)) == 18
-    held_out = build_feeds([{**entry, "paths": str(tmp_path / "3.tar")}], bad_share=1.0)
+    held_out = build_feeds([{**entry, "paths": str(tmp_path / "4.tar")}], bad_share=1.0)
     assert held_out[0].name == "a"
     both = Ledger(tmp_path / "both.jsonl", share=0.5)
-    assert both.note_indexed([*build_feeds([entry], bad_share=0.6), *held_out]) == 18 + 6
+    assert both.note_indexed([*build_feeds([entry], bad_share=0.6), *held_out]) == 18 + 1
     renewed = build_source(spec, renewal=Renewal.CHANGED)
     assert renewed.problems() == source.problems()
     alone = build_source({**spec, "paths": str(tmp_path / "4.tar")})
