@@ -14,6 +14,7 @@ from wemmu_jax.cli.pictures import targets
 from wemmu_jax.diffusion.guidance import Scales, edit_guidance, request_guidance
 from wemmu_jax.inference.requests import DrawingRequest
 from wemmu_jax.shipped import MODEL
+from wemmu_jax.tiny.backbones import GUIDANCE
 from wemmu_jax.training.origin import Origin
 
 FEW = ("--steps", 2)
@@ -102,7 +103,8 @@ def test_edit_of_a_very_wide_picture(wemmu, workdir, tmp_path):
     drawn = Image.open(tmp_path / "000-make-it-blue-seed0.png")
     assert drawn.size == (96, 32)
     assert drawn.text["images"] == json.dumps([str(tmp_path / "wide.png")])
-    assert (drawn.text["image_guidance"], drawn.text["edit_guidance"]) == ("2.0", "3.0")
+    own = [str(GUIDANCE[name]) for name in ("image", "edit")]
+    assert [drawn.text["image_guidance"], drawn.text["edit_guidance"]] == own
 
 
 def test_compose(wemmu, refused, workdir, tmp_path, picture):

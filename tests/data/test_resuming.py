@@ -27,12 +27,17 @@ def grown(tmp_path):
     return grow
 
 
-def packed(source, folder, shard_size=4):
+def packed(source, folder, shard_size=4, name="a"):
     problems = pack(
-        source, folder, name="a", shard_size=shard_size, processes=0, progress=lambda *_: None
+        source, folder, name=name, shard_size=shard_size, processes=0, progress=lambda *_: None
     )
     assert problems == []
-    return len(build_source({"type": "array-record", "paths": f"{folder}/a-*.arrayrecord"}))
+    return len(build_source({"type": "array-record", "paths": f"{folder}/{name}-0*.arrayrecord"}))
+
+
+def test_a_set_whose_name_another_begins_with_is_packed_beside_it(grown, tmp_path):
+    assert packed(grown(6), tmp_path / "packed", name="a-b") == 6
+    assert packed(grown(5), tmp_path / "packed") == 5
 
 
 def test_a_set_that_changed_is_not_packed_into_what_was_packed_before(grown, tmp_path):
@@ -41,7 +46,7 @@ def test_a_set_that_changed_is_not_packed_into_what_was_packed_before(grown, tmp
     before = {file: file.read_bytes() for file in out.iterdir()}
     with pytest.raises(
         ValueError,
-        match=r"packed/a-\*\.arrayrecord were made from something else.*"
+        match=r"packed/a-\[0-9\]\*-of-\*\.arrayrecord were made from something else.*"
         r"another folder or delete(?s:.)*records: there '6 records, .*', now '8 records",
     ):
         packed(grown(8), out)  # two shards again
