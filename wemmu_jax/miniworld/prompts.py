@@ -1,4 +1,4 @@
-"""GenEval's six kinds of prompt on miniworld, each with its requirement in machine-readable form."""
+"""GenEval's six kinds of prompt on miniworld and one of our own, each with its requirement in machine-readable form."""
 
 import dataclasses
 from collections.abc import Callable
@@ -69,8 +69,12 @@ _CATEGORIES: dict[str, _Category] = {
     "colour attribution": _Category(
         lambda s: len(s.objects) == 2 and _distinct(s, "shape", "colour"), name_of, "colours"
     ),
+    # Not GenEval's: "a red circle left of a blue square".
+    "position of colours": _Category(
+        lambda s: len(s.objects) == 2 and _distinct(s, "name"), name_of, "relation"
+    ),
 }
-CATEGORIES = tuple(_CATEGORIES)
+CATEGORIES = tuple(_CATEGORIES)[:6]
 
 
 def _requirement(category: str, scene: Scene, related: Related | None) -> Requirement:
@@ -85,13 +89,15 @@ def _requirement(category: str, scene: Scene, related: Related | None) -> Requir
 def draw_prompt(
     rng: np.random.Generator, split: Split, category: str | None = None
 ) -> tuple[Prompt, Scene]:
-    """A prompt of `category` (any, if None) in a wording of `split`, and a scene of `split` that meets it."""
+    """A prompt of `category` (any of `CATEGORIES`, if None; or "position of colours") in a wording of `split`, and a
+    scene of `split` that meets it."""
     category = category or choose(rng, CATEGORIES)
     fits, noun, family = _CATEGORIES[category]
+    relates = family.startswith("relation")
     while True:
         scene = draw_scene(rng, split)
-        related = relate(scene, rng) if category == "position" else None
-        if fits(scene) and (related or category != "position"):
+        related = relate(scene, rng) if relates else None
+        if fits(scene) and (related or not relates):
             break
     objects = related.say(noun) if related else count_objects(scene, noun)
     text = say(family, scene, objects, rng, split)

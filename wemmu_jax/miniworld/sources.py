@@ -7,6 +7,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from wemmu_jax.data.records import Picture, Record, Turn
+from wemmu_jax.miniworld.compositions import KINDS as COMPOSITIONS
 from wemmu_jax.miniworld.compositions import draw_composition
 from wemmu_jax.miniworld.conversations import Conversation, draw_conversation
 from wemmu_jax.miniworld.edits import KINDS as EDITS
@@ -23,10 +24,12 @@ TURNS = 4  # the most of a conversation
 # (height, width) of a scene as such, and the shares of these: squares most of the time, for a model of few pixels has
 # to learn each shape on its own.
 SIZES, SHARES = ((48, 48), (32, 64), (64, 32)), (0.6, 0.2, 0.2)
-# GenEval's kinds, and those of edits. What is learned last is drawn more often: what objects have to agree on, and what
-# has to find one of them.
-PROMPTS = (*CATEGORIES, "two objects", "counting", "position", "position")
+# Kinds of prompts, of edits and of compositions. What is learned last is drawn more often: what objects have to agree
+# on, and what has to find one of them.
+RELATIONS = ("position", "position of colours", "position of colours")
+PROMPTS = (*CATEGORIES, "two objects", "counting", "counting", "counting", *RELATIONS)
 CHANGES = (*EDITS, "recolour", "remove", "replace", "move")
+COMBINATIONS = (*COMPOSITIONS, "replace", "recolour", "background")
 Drawn = tuple[str, tuple[Scene, ...], Scene]  # text, sources, target
 
 
@@ -46,7 +49,7 @@ def draw_captioned(rng: np.random.Generator, split: Split) -> Drawn:
 
 
 def draw_prompted(rng: np.random.Generator, split: Split) -> Drawn:
-    """A prompt of GenEval's kinds and a scene that it fits."""
+    """A prompt, most of GenEval's kinds, and a scene that it fits."""
     prompt, scene = draw_prompt(rng, split, choose(rng, PROMPTS))
     return prompt.text, (), scene
 
@@ -57,7 +60,7 @@ def _edit(rng: np.random.Generator, split: Split) -> Drawn:
 
 
 def _composition(rng: np.random.Generator, split: Split) -> Drawn:
-    composition = draw_composition(rng, split)
+    composition = draw_composition(rng, split, choose(rng, COMBINATIONS))
     return composition.instruction, composition.sources, composition.target
 
 
