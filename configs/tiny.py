@@ -10,7 +10,7 @@ import ml_collections
 from configs.wemmu_3b import get_config as paper_config
 from wemmu_jax.tiny.backbones import BRIDGE
 
-STEPS = {"stage1": 1000, "stage2": 4500, "stage3": 3400, "stage4": 9000}
+STEPS = {"stage1": 1000, "stage2": 4500, "stage3": 3400, "stage4": 7000}
 
 
 def _miniworld(split: str, size: int) -> list[dict]:
