@@ -17,6 +17,7 @@ from wemmu_jax.training.loop import validate
 from wemmu_jax.training.metrics import Progress
 from wemmu_jax.training.origin import Origin
 from wemmu_jax.training.run import prepare
+from wemmu_jax.training.samples import draw_samples
 
 BRIDGE = {"expert", "position_mlp", "vae_branch"}
 TASKS = {
@@ -232,3 +233,10 @@ def test_sample_pictures(stage3, config_of, tmp_path):
         assert (first[rows, 32:64] != last[rows, 32:64]).any()
     pictures = [v for e in _events(tmp_path / "run") for v in e.summary.value if v.tag == "samples"]
     assert len(pictures) == 2 and len(seen.keys) == 32
+
+
+def test_no_sample_pictures_where_every_text_is_too_long(config_of, tmp_path):
+    """Trained on, such texts are cut; a request cannot be."""
+    run = prepare(config_of("stage1", **{"data.text_lengths": (47,)}))
+    assert draw_samples(run, run.trainable, tmp_path / "samples/0.png") is None
+    assert not list(tmp_path.iterdir())

@@ -23,7 +23,7 @@ from wemmu_jax.training.checkpoints import Checkpoints, code_version, difference
 from wemmu_jax.training.loop import StopOnSignal
 from wemmu_jax.training.metrics import Progress
 from wemmu_jax.training.optimizer import OptimizerConfig, make_optimizer
-from wemmu_jax.training.state import TrainState
+from wemmu_jax.training.state import TrainState, running_mean
 
 Tree = Mapping[str, Any]
 EVERY_LINE, EVERY_CHECKPOINT, EVERY_EVALUATION = 50, 500, 1000
@@ -157,9 +157,7 @@ def _compiled(recipe: Recipe, optimizer: optax.GradientTransformation, mesh: Mes
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
         if ema is not None:
-            # Early on the mean follows at once, or it would hold the fresh weights for long.
-            decay = jnp.minimum(recipe.ema, (1.0 + state.step) / (10.0 + state.step))
-            ema = optax.incremental_update(params, ema, 1 - decay)
+            ema = running_mean(ema, params, state.step, recipe.ema)
         values = {"loss": loss, "gradient_norm": optax.global_norm(gradients), **more}
         return TrainState(state.step + 1, params, opt_state, ema), values
 

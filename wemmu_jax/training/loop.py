@@ -334,7 +334,10 @@ def _look(
     path = workdir / f"samples/{step:06}.png"
     if _due(step, every.sample, steps) and not exchange(path.exists())[0]:
         picture = draw_samples(run, state.ema or state.params, path)
-        progress.picture(step, "samples", picture)
+        if picture is None:
+            say(f"step {step:>6}/{steps}  no pictures: every held-out text is too long for a request")
+        else:
+            progress.picture(step, "samples", picture)
 
 
 def validate(run: Run, params: Mapping) -> dict[str, float]:

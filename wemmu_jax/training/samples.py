@@ -17,8 +17,9 @@ ROWS = 4  # pictures of each task
 STEPS = 20
 
 
-def draw_samples(run, params: Mapping, path: pathlib.Path) -> np.ndarray:
-    """Draws, writes a PNG and returns it, uint8[H, W, 3]: a line for each request: sources, target, drawn.
+def draw_samples(run, params: Mapping, path: pathlib.Path) -> np.ndarray | None:
+    """Draws, writes a PNG and returns it, uint8[H, W, 3]: a line for each request: sources, target, drawn. None where
+    all requests are longer than one may be.
 
     Of several processes all draw the same pictures together, each with its shards of the weights; the first writes.
     """
@@ -27,6 +28,8 @@ def draw_samples(run, params: Mapping, path: pathlib.Path) -> np.ndarray:
     )
     with jax.set_mesh(run.trainer.mesh):  # for the kernels of attention
         lines = _lines(run, model)
+    if not lines:
+        return None
     width = max(line.shape[1] for line in lines)
     grid = np.concatenate(
         [np.pad(line, ((0, 4), (0, width - line.shape[1]), (0, 0))) for line in lines]

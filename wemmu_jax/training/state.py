@@ -35,3 +35,10 @@ class TrainState:
             opt_state=optimizer.init(params),
             ema=jax.tree.map(jnp.copy, params) if ema else None,
         )
+
+
+def running_mean(mean: Mapping, params: Mapping, step: jax.Array, decay: float) -> Mapping:
+    """The mean after `params`, those of the step after `step`. Early on it follows faster than by `decay`, or it would
+    hold for long what training began with."""
+    decay = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    return optax.incremental_update(params, mean, 1 - decay)

@@ -25,7 +25,7 @@ from wemmu_jax.sharding.rules import parameter_shardings, placed, replicated, ro
 from wemmu_jax.training.batch import TrainBatch
 from wemmu_jax.training.curriculum import Loss, Stage
 from wemmu_jax.training.optimizer import make_optimizer, merge
-from wemmu_jax.training.state import TrainState
+from wemmu_jax.training.state import TrainState, running_mean
 
 
 def predicted_velocity(
@@ -230,7 +230,7 @@ class Trainer:
             params = optax.apply_updates(state.params, updates)
             ema = state.ema
             if ema is not None:
-                ema = optax.incremental_update(params, ema, 1 - self.stage.ema)
+                ema = running_mean(ema, params, state.step, self.stage.ema)
             return TrainState(state.step + 1, params, opt_state, ema)
 
         def update(
