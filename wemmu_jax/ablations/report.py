@@ -81,7 +81,8 @@ def report(name: str, results: Results) -> str:
     said = (
         f"Budget `{results.name}`: optimizer steps x samples: {steps}; "
         f"{results.budget.graded} held-out requests of each kind. "
-        f"Made by `wemmu miniworld ablate {name} --budget {results.name}` and `wemmu miniworld report`."
+        f"Made by `wemmu miniworld ablate {name} --budget {results.name} --out DIR` and "
+        f"`wemmu miniworld report {name} --budget {results.name} --out DIR`."
     )
     return f"{_REPORTS[name](one, results)}\n\n{said}"
 

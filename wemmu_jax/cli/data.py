@@ -31,9 +31,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, text in ACTIONS.items():
         one = actions.add_parser(name, help=text, description=text, allow_abbrev=False)
         one.add_argument("spec", metavar="SPEC", help="a YAML file of data sets, or FILE.py:STAGE")
-        one.add_argument(
-            "--set", dest="names", action="append", default=[], metavar="NAME", help="only this one"
-        )
+        if name != "encode":  # a folder of features is of all that a stage reads
+            one.add_argument(
+                "--set",
+                dest="names",
+                action="append",
+                default=[],
+                metavar="NAME",
+                help="only this one",
+            )
         made[name] = one
     for name in ("index", "check", "pack"):
         made[name].add_argument("--processes", type=whole(0), default=os.cpu_count(), metavar="N")
@@ -56,7 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "of the buckets; by default the stage's, or 512"
     made["check"].add_argument("--resolution", type=whole(1), help=text)
     made["show"].add_argument("--count", type=whole(1), default=64, help="samples")
-    made["show"].add_argument("--resolution", type=whole(1), default=512, help="of the buckets")
+    text = "of the buckets of a YAML file's sets (default: 512)"
+    made["show"].add_argument("--resolution", type=whole(1), help=text)
     made["caption"].add_argument("--resolution", type=whole(1), default=512)
     made["caption"].add_argument("--prompt", help="what is asked about a picture")
     made["caption"].add_argument("--max-new-tokens", type=whole(1), default=256)
@@ -66,6 +73,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Does one of ACTIONS."""
+    if args.overrides and not _is_config(args):
+        raise ValueError(
+            f"--config.{next(iter(args.overrides))} is for a stage's config, FILE.py:STAGE; found {args.spec}"
+        )
     {
         "index": _index,
         "check": _check,
@@ -149,6 +160,10 @@ def _show(args: argparse.Namespace) -> None:
         from wemmu_jax.training.run import prepare_data
 
         config = _config(args)
+        if args.names or args.resolution:
+            raise ValueError(
+                f"{args.spec}: a stage's samples are shown as it draws them; --set and --resolution are for a YAML file"
+            )
         if not args.init:
             raise ValueError("--init: a config's samples are shown as its model reads them")
         origin = Origin(args.init)
@@ -165,7 +180,7 @@ def _show(args: argparse.Namespace) -> None:
         data = MicroBatches(
             feeds=feeds,
             mixture={task: 1.0 for task in Task if any(feed.task is task for feed in feeds)},
-            buckets=make_buckets(args.resolution, multiple=32),
+            buckets=make_buckets(args.resolution or 512, multiple=32),
             rows=1,
             seed=0,
             encode_row=_pixels,

@@ -27,7 +27,7 @@ COMMANDS = {
     "chat": "answers a question, about pictures or without any",
     "batch": "many requests from a JSONL file",
     "evaluate": "draws a benchmark's pictures and scores them",
-    "miniworld": "trains the tiny preset's backbones",
+    "miniworld": "trains the tiny preset's backbones; runs and reports ablations on them",
     "demo": "the whole life of a model on the tiny preset",
 }
 

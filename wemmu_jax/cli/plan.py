@@ -76,6 +76,10 @@ def run(args: argparse.Namespace) -> None:
 
     if args.draft and args.search:
         raise ValueError("--search goes by the time of a step, which --draft does not tell")
+    if args.all_shapes and args.search:
+        raise ValueError(
+            "--search compiles the shapes that a step's time is told from, not --all-shapes"
+        )
     library = Library(pathlib.Path(args.cache).expanduser())
     plans, failed = [], {}
     for spec in args.config:

@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--config",
         required=True,
         metavar="FILE.py:STAGE",
-        help="any key of it can be set: --config.optimizer.steps=60",
+        help="any key of it can be set: --config.batch.rows=64",
     )
     parser.add_argument(
         "--workdir",
