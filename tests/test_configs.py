@@ -319,6 +319,13 @@ def test_a_bridge_that_makes_no_sense(key, value):
         Stage.from_config(config)
 
 
+@pytest.mark.parametrize("template", ["", "a picture", "{caption} or {caption}"])
+def test_a_template_has_one_place_for_the_caption(template):
+    config = config_of("stage1", **{"model.bridge.caption_template": template})
+    with pytest.raises(ValueError, match=r"caption_template must have \{caption\} in it once"):
+        Stage.from_config(config)
+
+
 def test_the_remat_policies_are_those_of_ops():
     for policy in Remat:
         remat(nn.Dense, policy)

@@ -22,7 +22,6 @@ def test_examples():
     plain, edit, both = record(0), record(1), record(3)
     example = make_example(Task.T2I, plain)
     assert (example.text, example.sources, example.key) == ("the {text}", (), "k")
-    assert make_example(Task.T2I, plain, caption_template="<{caption}>").text == "<the {text}>"
     for any_record in (plain, edit, both):
         example = make_example(Task.UNCOND, any_record)
         assert (example.text, example.sources) == ("", ()) and example.target is any_record.target
@@ -52,8 +51,6 @@ def test_examples():
     assert make_example(Task.REC, mute).sources == (mute.target,)
     with pytest.raises(ValueError, match="'k' has no text and cannot serve task S-Edit"):
         make_example(Task.S_EDIT, mute)
-    with pytest.raises(ValueError, match="exactly once"):
-        make_example(Task.T2I, plain, caption_template="a picture")
     stages = ["T2I", "Uncond", "Rec", "S-Edit", "M-Edit"]
     # The order is in every seed of every pool's order, see `Pool.record`.
     assert [task.value for task in Task] == [*stages, "VQA"]

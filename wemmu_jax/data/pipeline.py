@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import grain
 import numpy as np
 
-from wemmu_jax.data import prompts, workers
+from wemmu_jax.data import workers
 from wemmu_jax.data.buckets import Bucket
 from wemmu_jax.data.pools import Feed, gather_pools
 from wemmu_jax.data.rows import Bad, Candidates, Row, RowMaker
@@ -64,7 +64,6 @@ class MicroBatches:
         examples of one arity. It cuts a text that is longer.
       text_length: the tokens of an example's text.
       text_lengths: what texts are padded to: the smallest that holds the longest text of the micro-batch.
-      caption_template: T2I's prompt around `{caption}`.
       process_index, process_count: which contiguous slice of the rows is this process's.
       pools: the records that can fill rows, see `gather_pools`.
       maker: makes rows.
@@ -78,7 +77,6 @@ class MicroBatches:
     encode_row: Callable[[Example, Bucket, int], Mapping[str, np.ndarray]]
     text_length: Callable[[Example], int]
     text_lengths: Sequence[int] = (128, 256, 512)
-    caption_template: str = prompts.CAPTION_TEMPLATE
     process_index: int = 0
     process_count: int = 1
 
@@ -98,7 +96,7 @@ class MicroBatches:
         self._schedule = Schedule(
             mixture, self.pools, bucket_count=len(self.buckets), rows=self.rows, seed=self.seed
         )
-        self.maker = RowMaker(self.feeds, self.encode_row, self.text_length, self.caption_template)
+        self.maker = RowMaker(self.feeds, self.encode_row, self.text_length)
 
     def __len__(self) -> int:
         return sys.maxsize
@@ -172,13 +170,12 @@ class MicroBatches:
         return tuple(alone[number] for number in range(count))
 
     def examples(self, task: Task, count: int) -> tuple[Example, ...]:
-        """What the first `count` rows of `fixed_batches` are made of, on every process alike. A row whose text is cut
-        is passed over, for a request cannot be."""
+        """What the first `count` rows of `fixed_batches` are made of, on every process alike."""
         alone, found = self.alone(task), []
         for number in range(-(-count // self.rows)):
             rows = range(min(self.rows, count - number * self.rows))
             found += [example for example, _ in alone.sample(number, rows)]
-        return tuple(one for one in found if self.text_length(one) <= self.text_lengths[-1])
+        return tuple(found)
 
     def alone(self, task: Task) -> "MicroBatches":
         """The same records as micro-batches of one task."""

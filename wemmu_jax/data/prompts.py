@@ -8,13 +8,3 @@ UNCONDITIONAL_PROMPT = ""
 
 # What the VLM is asked for a new caption; the paper gives no wording.
 DESCRIPTION_PROMPT = "Describe this image in detail."
-
-# The paper gives no wording for T2I: the caption as it is.
-CAPTION_TEMPLATE = "{caption}"
-
-
-def caption_prompt(caption: str, template: str = CAPTION_TEMPLATE) -> str:
-    """`template` with its `{caption}` filled in. Braces inside the caption stay as they are."""
-    if template.count("{caption}") != 1:
-        raise ValueError(f"caption template {template!r} must contain {{caption}} exactly once")
-    return template.replace("{caption}", caption)

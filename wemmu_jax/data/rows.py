@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from wemmu_jax.data import prompts
 from wemmu_jax.data.buckets import Bucket
 from wemmu_jax.data.pools import Feed
 from wemmu_jax.data.tasks import Example, make_example
@@ -61,13 +60,11 @@ class RowMaker:
       feeds: the data sets and their tasks.
       encode_row: (example, bucket, padded text length) -> arrays.
       text_length: the tokens of an example's text.
-      caption_template: T2I's prompt around `{caption}`.
     """
 
     feeds: Sequence[Feed]
     encode_row: Callable[[Example, Bucket, int], Mapping[str, np.ndarray]]
     text_length: Callable[[Example], int]
-    caption_template: str = prompts.CAPTION_TEMPLATE
 
     def measure(self, candidates: Candidates) -> Measured:
         """The text of the first candidate that has one.
@@ -120,7 +117,7 @@ class RowMaker:
     def example(self, feed: int, record: int) -> Example:
         """A record as its feed's task uses it; nothing of it is decoded yet."""
         source, task = self.feeds[feed].source, self.feeds[feed].task
-        return make_example(task, source[record], caption_template=self.caption_template)
+        return make_example(task, source[record])
 
     def _bad(self, feed: int, record: int, error: Exception) -> Bad:
         try:

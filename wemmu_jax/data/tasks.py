@@ -92,10 +92,8 @@ def arity(task: Task, record: Record) -> int:
     return pictures
 
 
-def make_example(
-    task: Task, record: Record, *, caption_template: str = prompts.CAPTION_TEMPLATE
-) -> Example:
-    """`record` as `task` uses it. `caption_template` is the T2I prompt around the caption.
+def make_example(task: Task, record: Record) -> Example:
+    """`record` as `task` uses it.
 
     Raises:
       ValueError: the record cannot serve the task.
@@ -105,7 +103,7 @@ def make_example(
         raise ValueError(f"record {record.key!r} has no text and cannot serve task {task.value}")
     match task:
         case Task.T2I:
-            text, sources = prompts.caption_prompt(record.text, caption_template), ()
+            text, sources = record.text, ()
         case Task.UNCOND:
             text, sources = prompts.UNCONDITIONAL_PROMPT, ()
         case Task.REC:

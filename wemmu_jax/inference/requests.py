@@ -4,6 +4,7 @@ B requests of one call, n source pictures of each, S source tokens.
 """
 
 import dataclasses
+import functools
 import math
 import operator
 import pathlib
@@ -12,9 +13,10 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from wemmu_jax.data import records as data
 from wemmu_jax.data.buckets import make_buckets, nearest
-from wemmu_jax.data.pictures import cover, open_picture, upright_rgb
-from wemmu_jax.data.prompts import RECONSTRUCTION_PROMPT
+from wemmu_jax.data.pictures import cover, open_picture, shown_whole, upright_rgb
+from wemmu_jax.data.prompts import RECONSTRUCTION_PROMPT, UNCONDITIONAL_PROMPT
 from wemmu_jax.diffusion.guidance import Branch
 from wemmu_jax.models.qwen2_5_vl.images import resize_rgb, smart_size
 from wemmu_jax.models.qwen2_5_vl.prompt import PaddedPrompt
@@ -127,7 +129,7 @@ class RequestEncoder:
     ) -> BranchInputs:
         """One guidance branch of requests that are `alike`, encoded by `sized`."""
         if branch is Branch.NOTHING:
-            requests = [DrawingRequest("")] * len(requests)
+            requests = [DrawingRequest(UNCONDITIONAL_PROMPT)] * len(requests)
         elif branch is Branch.SOURCE:
             requests = [DrawingRequest(RECONSTRUCTION_PROMPT, r.sources) for r in requests]
         grids = [self._source_grids(request.sources, size) for request in requests]
@@ -143,16 +145,16 @@ class RequestEncoder:
             return BranchInputs(prompt_batch(arrays))
         pairs = [
             [
-                (image, *rows.source_sizes(grid))
-                for image, grid in zip(request.sources, own, strict=True)
+                (source, *rows.source_sizes(grid))
+                for source, grid in zip(_shown(request.sources), own, strict=True)
             ]
             for request, own in zip(requests, grids, strict=True)
         ]
         return BranchInputs(
             prompt_batch(arrays),
-            images=rows.pack([cover(image, *vit) for row in pairs for image, vit, _ in row]),
+            images=rows.pack([source.load(*vit) for row in pairs for source, vit, _ in row]),
             place=arrays["place"],
-            pixels=tuple([cover(row[j][0], *row[j][2]) for row in pairs] for j in range(count)),
+            pixels=tuple([row[j][0].load(*row[j][2]) for row in pairs] for j in range(count)),
         )
 
     def _bucket(self, source: Image.Image, base: int) -> Size:
@@ -161,7 +163,10 @@ class RequestEncoder:
         return bucket.height, bucket.width
 
     def _source_grids(self, sources: Sequence[Image.Image], size: Size) -> list[tuple[int, int]]:
-        """Each source keeps its aspect and takes about as many tokens as the output, as in training."""
+        """A source keeps its aspect and takes about as many tokens as the output; several lie on the grid of the output
+        all, as in training, where a row has one grid."""
+        if len(sources) > 1:
+            return [self.config.source_grid(*size)] * len(sources)
         ratio = self.config.dc_ae.ratio
         base = max(1, round(math.sqrt(size[0] * size[1]) / ratio)) * ratio
         return [self.config.source_grid(*self._bucket(image, base)) for image in sources]
@@ -192,6 +197,15 @@ class RequestEncoder:
         length = text_length(prompt.text_tokens) + len(opened) * tokens
         pixels = [resize_rgb(i, *size) for i, size in zip(opened, sizes, strict=True)]
         return rows.prompts.pad(prompt, length), rows.pack(pixels) if pixels else None
+
+
+def _shown(sources: Sequence[Image.Image]) -> list[data.Picture]:
+    """As training shows the sources of an edit or of a composition."""
+    pictures = [
+        data.Picture(image.height, image.width, functools.partial(cover, image))
+        for image in sources
+    ]
+    return pictures if len(pictures) == 1 else list(map(shown_whole, pictures))
 
 
 def opened_picture(image: Picture) -> Image.Image:

@@ -327,7 +327,7 @@ def _look(
         return
     # What is there already is for the first process to say, so that all do the same.
     if _due(step, every.validate, steps) and not exchange(step in progress.validated)[0]:
-        losses = validate(run, state.params)
+        losses = validate(run, state.ema or state.params)
         progress.write(step, {f"validation/{task}": loss for task, loss in losses.items()})
         text = "  ".join(f"{task} {loss:.4f}" for task, loss in losses.items())
         say(f"step {step:>6}/{steps}  validation  {text}")
@@ -335,7 +335,9 @@ def _look(
     if _due(step, every.sample, steps) and not exchange(path.exists())[0]:
         picture = draw_samples(run, state.ema or state.params, path)
         if picture is None:
-            say(f"step {step:>6}/{steps}  no pictures: every held-out text is too long for a request")
+            say(
+                f"step {step:>6}/{steps}  no pictures: every held-out text is too long for a request"
+            )
         else:
             progress.picture(step, "samples", picture)
 

@@ -47,10 +47,9 @@ def _lines(run, model: WeMMU) -> list[np.ndarray]:
     lines = []
     for task in Task:
         if run.held_out.mixture.get(task) and task is not Task.UNCOND:
-            examples = run.held_out.examples(task, ROWS)
-            lines += [
-                _line(model, example, side, number) for number, example in enumerate(examples)
-            ]
+            examples = enumerate(run.held_out.examples(task, ROWS))
+            fitting = [(n, one) for n, one in examples if model.requests.rows.fits(one)]
+            lines += [_line(model, one, side, number) for number, one in fitting]
     return lines
 
 

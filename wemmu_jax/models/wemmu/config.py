@@ -65,9 +65,11 @@ class BridgeConfig:
       position_mlp_hidden: hidden width of the Position MLP (Table 1).
       connector_heads: heads of the Simple ViT connectors.
       distillation: weight of the cosine loss of `vit_6_distilled`.
+      caption_template: the prompt around a caption in text to image; the paper gives no wording.
 
     Raises:
-      ValueError: a size is not positive, or the weight or the noise's scale is negative or not finite.
+      ValueError: a size is not positive, the weight or the noise's scale is negative or not finite, or the template has
+        no `{caption}` or several.
     """
 
     queries: QueryKind = QueryKind.NOISY
@@ -80,6 +82,7 @@ class BridgeConfig:
     position_mlp_hidden: int = 16384
     connector_heads: int = 16
     distillation: float = 1.0
+    caption_template: str = "{caption}"
 
     def __post_init__(self) -> None:
         for name in ("fixed_grid", "max_grid", "position_mlp_hidden", "connector_heads"):
@@ -94,6 +97,11 @@ class BridgeConfig:
                 raise ValueError(
                     f"bridge config: {name} must be a finite number of at least 0; found {value!r}"
                 )
+        if self.caption_template.count("{caption}") != 1:
+            raise ValueError(
+                "bridge config: caption_template must have {caption} in it once; "
+                f"found {self.caption_template!r}"
+            )
         if self.pathway is Pathway.VIT and (self.queries, self.connector) != (
             QueryKind.NOISY,
             Connector.NONE,

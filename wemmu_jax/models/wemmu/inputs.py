@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from wemmu_jax.data.features import Features
+from wemmu_jax.data.prompts import UNCONDITIONAL_PROMPT
 from wemmu_jax.data.records import Picture
 from wemmu_jax.data.tasks import Task
 from wemmu_jax.files import read_object
@@ -107,7 +108,10 @@ class RowEncoder:
         overflow: str,
         limit: int = TEXT_LIMIT,
     ):
-        """The request's prompt: pictures, text, the assistant's header and the opening of a picture."""
+        """The request's prompt: pictures, text, the assistant's header and the opening of a picture. A text without
+        pictures is a caption, and gets the words of the bridge's template around it."""
+        if not grids and text != UNCONDITIONAL_PROMPT:
+            text = self.config.bridge.caption_template.replace("{caption}", text)
         return self.prompts.encode_user(
             text,
             grids,
@@ -153,6 +157,10 @@ class RowEncoder:
         """uint8[B, H, W, 3], sides multiples of the ViT's unit, as the ViT reads them; a program for the device."""
         how = {"slots": self.shapes.slots, "tokens": self.shapes.tokens}
         return pack_pixels(pixels, self.config.vlm.vision, self.mean, self.std, **how)
+
+    def fits(self, example) -> bool:
+        """Whether the text of a training example may be a request's, which is never cut."""
+        return self._cut_prompt(example.text, ((1, 1),) * len(example.sources)).cut == 0
 
     # -- training: what `wemmu_jax.data.pipeline` is given
 
