@@ -13,6 +13,7 @@ import pytest
 from configs.wemmu_3b import get_config
 from tests.models import wemmu_fixtures as fixtures
 from wemmu_jax.conversion.memory import flatten
+from wemmu_jax.models.qwen2_5_vl.decode import Sampling, generate
 from wemmu_jax.models.qwen2_5_vl.text import DecoderStack
 from wemmu_jax.models.wemmu.config import (
     Connector,
@@ -226,23 +227,67 @@ def test_vae_tokens_do_not_depend_on_the_queries():
     assert np.abs(first[:, vae:] - second[:, vae:]).max() > 0.1
 
 
-@pytest.mark.parametrize(("dtype", "full"), [(jnp.float32, True), (jnp.bfloat16, False)])
-def test_products_in_float32_are_multiplied_in_full(dtype, full):
-    """On a TPU they would not be; forward and backward, which the program's text tells without one."""
-    model = WeMMUModel(fixtures.small_config(), dtype=dtype)
-    params = {part: fixtures.random_params(model)[part] for part in ("dit", "dc_ae")}
-    pixels = jax.ShapeDtypeStruct((1, HEIGHT, WIDTH, 3), jnp.uint8)
-    tokens = jax.ShapeDtypeStruct((1, 5, model.config.dit.caption_channels), jnp.float32)
+def _forward(part: str, model: WeMMUModel):
+    """(a part of the model that a program begins with, its arguments); shapes for those that other parts give."""
+    params = fixtures.random_params(model)
+    request = fixtures.request(model.config, fixtures.GRIDS[:1])
+    prompt, sources = fixtures.pack(fixtures.row_encoder(model.config), request)
+    grid = model.config.query_grid(HEIGHT, WIDTH)
+    write = functools.partial(model.write, grid=grid, query_tokens=grid[0] * grid[1])
+    noise = noise_of(model)
+    context = jax.eval_shape(model.read, params, prompt, sources)
+    condition = jax.eval_shape(write, params, context, noise)
+    latents = jnp.ones((2, 3, 2, fixtures.LATENT_CHANNELS))
+    vlm = params["vlm"]
+    embed = (vlm, prompt.tokens, prompt.feature_index, sources.images)
+    embeds = jax.eval_shape(model.embed_prompt, *embed)
+    answer = functools.partial(
+        generate,
+        model.text,
+        max_new_tokens=3,
+        eos_ids=(),
+        sampling=Sampling(),
+        key=jax.random.key(0),
+    )
+    said = (prompt.position_ids, prompt.valid, prompt.next_position)
+    return {
+        "read": (model.read, (params, prompt, sources)),
+        "write": (write, (params, context, noise)),
+        "paint": (model.paint, (params, latents, TIMESTEPS, condition)),
+        "encode": (model.encode, (params, np.zeros((1, HEIGHT, WIDTH, 3), np.uint8))),
+        "decode": (model.decode, (params, latents)),
+        "embed_prompt": (model.embed_prompt, embed),
+        "generate": (answer, (vlm["text"], embeds, *said)),
+    }[part]
 
-    def size(params, pixels, tokens):
-        latents = model.encode(params, pixels)
-        condition = Condition(tokens, jnp.ones(tokens.shape[:2], bool))
-        return (model.paint(params, latents, jnp.ones(1), condition) ** 2).sum()
+
+PARTS = ("read", "write", "paint", "encode", "decode", "embed_prompt", "generate")
+
+
+@pytest.mark.parametrize(("dtype", "full"), [(jnp.float32, True), (jnp.bfloat16, False)])
+@pytest.mark.parametrize("part", PARTS)
+def test_products_in_float32_are_multiplied_in_full(part, dtype, full):
+    """On a TPU they would not be; which the program's text tells without one."""
+    function, arguments = _forward(part, WeMMUModel(fixtures.small_config(), dtype=dtype))
+    with jax.default_matmul_precision("default"):
+        text = jax.jit(function).lower(*arguments).as_text()
+    products = text.count("stablehlo.convolution") + text.count("stablehlo.dot_general")
+    assert products > 10 and ("DEFAULT" in text) is not full
+
+
+def test_so_are_those_of_their_gradients():
+    model = WeMMUModel(fixtures.small_config(), dtype=jnp.float32)
+    paint, (params, *others) = _forward("paint", model)
+
+    def size(dit, others):
+        return (paint({"dit": dit}, *others) ** 2).sum()
 
     with jax.default_matmul_precision("default"):
-        text = jax.jit(jax.grad(size)).lower(params, pixels, tokens).as_text()
-    assert text.count("stablehlo.convolution") > 20 and text.count("stablehlo.dot_general") > 20
-    assert ("DEFAULT" in text) is not full
+        forward, backward = (
+            jax.jit(one).lower(params["dit"], others).as_text() for one in (size, jax.grad(size))
+        )
+    assert backward.count("dot_general") > 2 * forward.count("dot_general") > 20
+    assert "DEFAULT" not in backward
 
 
 # -- queries

@@ -1,8 +1,10 @@
 """Each of the four stages, started from the one before: what learns, what stays, and what is carried over."""
 
+import dataclasses
 import json
 import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -13,8 +15,10 @@ from tensorboardX.proto.event_pb2 import Event
 from tests.training.conftest import STEPS, last_state, same_bits, watched
 from wemmu_jax.conversion.memory import flatten
 from wemmu_jax.conversion.weights import Weights
+from wemmu_jax.training import step as step_lib
 from wemmu_jax.training.loop import validate
 from wemmu_jax.training.metrics import Progress
+from wemmu_jax.training.optimizer import merge
 from wemmu_jax.training.origin import Origin
 from wemmu_jax.training.run import prepare
 from wemmu_jax.training.samples import draw_samples
@@ -189,6 +193,24 @@ def test_validation_is_the_same_at_two_calls(stage4):
         assert written[f"validation/{task}"][0] != pytest.approx(loss, rel=1e-6)
 
 
+def test_validation_is_flow_matching_at_times_evenly_spread(stage4):
+    """Row i of 8 at (i + 1/2) / 8, whatever law the stage draws its times by, with one noise for ever."""
+    seen, workdir = stage4
+    run, seed = seen.run, seen.run.stage.seed
+    params = last_state(seen, workdir).params
+    batch = run.batch(run.validation_batches["S-Edit"])
+    noise = np.asarray(step_lib.draw_flow_noise(seed, batch.sample_numbers, batch.target.shape[1:]))
+    clean, sigma = np.asarray(batch.target), (np.arange(8, dtype=np.float32) + 0.5) / 8
+    share = sigma[:, None, None, None]
+    velocity, _ = jax.jit(
+        lambda tree, batch, noisy: step_lib.predicted_velocity(
+            run.trainer.model, tree, batch, noisy=noisy, sigma=sigma, seed=seed
+        )
+    )(merge(params, run.frozen), batch, (1 - share) * clean + share * noise)
+    wanted = np.mean((np.asarray(velocity) - (noise - clean)) ** 2)
+    assert validate(run, params)["S-Edit"] == pytest.approx(wanted, rel=1e-5)
+
+
 def test_what_is_said_before_the_first_step(stage4):
     said = json.loads((stage4[1] / "run_description.json").read_text())
     assert said["bridge"] == "trained"
@@ -235,8 +257,14 @@ def test_sample_pictures(stage3, config_of, tmp_path):
     assert len(pictures) == 2 and len(seen.keys) == 32
 
 
-def test_no_sample_pictures_where_every_text_is_too_long(config_of, tmp_path):
+def test_no_sample_pictures_where_every_text_is_too_long(config_of, tmp_path, monkeypatch):
     """Trained on, such texts are cut; a request cannot be."""
-    run = prepare(config_of("stage1", **{"data.text_lengths": (47,)}))
+    run = prepare(config_of("stage1"))
+    real = run.held_out.examples
+
+    def told(*asked):
+        return [dataclasses.replace(example, text="a star " * 300) for example in real(*asked)]
+
+    monkeypatch.setattr(run.held_out, "examples", told)
     assert draw_samples(run, run.trainable, tmp_path / "samples/0.png") is None
     assert not list(tmp_path.iterdir())

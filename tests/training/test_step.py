@@ -11,6 +11,7 @@ from tests.training.conftest import last_state
 from wemmu_jax.conversion.memory import flatten, nest
 from wemmu_jax.models.wemmu.modeling import WeMMUModel
 from wemmu_jax.training import step as step_lib
+from wemmu_jax.training.curriculum import Loss
 from wemmu_jax.training.optimizer import merge
 from wemmu_jax.training.step import Trainer, row_losses
 
@@ -140,6 +141,23 @@ def test_contrastive_rows(stage1, accumulated):
         assert np.asarray(plain) == pytest.approx(pulls.mean(1), rel=1e-5)
         assert np.asarray(found) == pytest.approx((pulls - 0.05 * pushes).mean(1), rel=1e-5)
     assert contrasted >= 12
+
+
+@pytest.mark.parametrize("weight", [0.0, 2.0])
+def test_distillation_is_added_by_its_weight(stage1, monkeypatch, weight):
+    """To what is minimised, and not to the flow matching part that logs show."""
+    seen, _ = stage1
+    told = np.linspace(0.5, 1.5, 8).astype(np.float32)
+
+    def predicted(*_, noisy, **__):
+        return noisy, told
+
+    monkeypatch.setattr(step_lib, "predicted_velocity", predicted)
+    stage = seen.run.stage
+    bridge = dataclasses.replace(stage.bridge, distillation=weight)
+    stage = dataclasses.replace(stage, loss=Loss.FLOW_MATCHING, bridge=bridge)
+    losses, plain = row_losses(seen.run.trainer.model, stage, {}, batches(seen, 1)[0])
+    np.testing.assert_allclose(losses - plain, weight * told, rtol=1e-4, atol=1e-5)
 
 
 def test_rows_that_draw_the_same_picture_are_never_contrasted(stage1):
