@@ -221,13 +221,6 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def templates(split: Split) -> tuple[tuple[str, str], ...]:
-    """All caption wordings of `split`, as (family, wording)."""
-    return tuple(
-        (name, text) for name, family in FAMILIES.items() for text in getattr(family.phrases, split)
-    )
-
-
 def say(family: str, scene: Scene, objects: str, rng: np.random.Generator, split: Split) -> str:
     """A wording of `family` around what `objects` says."""
     text = FAMILIES[family].phrases.draw(rng, split)

@@ -6,7 +6,6 @@ other object holds. Objects stand a little off the middle of their place (`offse
 
 import dataclasses
 import hashlib
-import math
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -157,13 +156,6 @@ def relation(a: Object, b: Object) -> str | None:
     if abs(down) > abs(across):
         return "above" if down > 0 else "below"
     return None
-
-
-def number_of_scenes() -> int:
-    """How many canonical forms there are: choose the places, then colour and shape for each."""
-    kinds = len(SHAPES) * len(COLOURS)
-    layouts = sum(math.comb(len(PLACES), n) * kinds**n for n in range(1, MAX_OBJECTS + 1))
-    return len(BACKGROUNDS) * layouts
 
 
 def choose(rng: np.random.Generator, options):
