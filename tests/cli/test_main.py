@@ -162,3 +162,50 @@ def test_evaluate_prints_a_table(monkeypatch, wemmu, converted):
     assert result.code == 0, result
     rows = dict(line.rsplit(None, 1) for line in result.out.splitlines())
     assert rows == {"colour / score": "0.250", "colour / count": "5", "seed": "3", "steps": "2"}
+
+
+def test_train_hands_on_what_it_was_asked(tmp_path, monkeypatch):
+    asked = []
+
+    def train(config, workdir, **options):
+        asked.append((config.init, config.seed, workdir, options))
+
+    monkeypatch.setattr("wemmu_jax.training.loop.train", train)
+    monkeypatch.setattr("wemmu_jax.cli.train._keep_programs", lambda folder: None)
+    words = ["--config", "configs/tiny.py:stage1", "--workdir", "run", "--config.seed=7"]
+    assert main(["train", *words, "--init", str(tmp_path), "--profile"]) == 0
+    assert asked == [(str(tmp_path), 7, "run", {"profile": True})]
+
+
+def test_data_encode_hands_on_what_it_was_asked(tmp_path, monkeypatch, capsys):
+    def encode(config, folder, **options):
+        del options["progress"]
+        asked = {"shard": 2, "shards": 8, "batch": 3, "threads": 5}
+        assert (config.init, config.seed, folder, options) == ("weights", 7, tmp_path, asked)
+        return 4, False
+
+    monkeypatch.setattr("wemmu_jax.training.features.encode_features", encode)
+    words = ["configs/tiny.py:stage1", "--init", "weights", "--out", str(tmp_path)]
+    options = ["--shard", "2/8", "--batch", "3", "--threads", "5", "--config.seed=7"]
+    assert main(["data", "encode", *words, *options]) == 0
+    said = capsys.readouterr().out
+    assert said == f"{tmp_path}: other shards are missing; 4 pictures could not be read\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["index", "sets.yaml", "--config.seed=1"], "--config.seed is for a stage's config"),
+        (
+            ["show", "configs/tiny.py:stage1", "--out", "a.html", "--set", "scenes"],
+            "--set and --resolution are for a YAML file",
+        ),
+        (
+            ["show", "configs/tiny.py:stage1", "--out", "a.html", "--resolution", "64"],
+            "--set and --resolution are for a YAML file",
+        ),
+    ],
+)
+def test_options_of_data_that_would_do_nothing(words, message, capsys):
+    assert main(["data", *words]) == 2
+    assert message in capsys.readouterr().err

@@ -134,9 +134,27 @@ def test_an_error_that_all_stages_have_is_said_once(tmp_path, capsys):
     assert said.startswith("wemmu plan: configs/tiny.py:stage1, configs/tiny.py:stage2: no TPU")
 
 
-def test_a_search_is_not_drafted(tmp_path, capsys):
-    assert plan("--topology", "v5p:2x2x1", "--draft", "--search", "--cache", tmp_path) == FAILED
-    assert "--search goes by the time of a step" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--draft", "--search goes by the time of a step"),
+        ("--all-shapes", "--search compiles the shapes that a step's time is told from"),
+    ],
+)
+def test_what_a_search_does_not_go_with(option, message, tmp_path, capsys):
+    assert plan("--topology", "v5p:2x2x1", option, "--search", "--cache", tmp_path) == FAILED
+    assert message in capsys.readouterr().err
+
+
+def test_slices_and_all_shapes_reach_the_planner(tmp_path, capsys, monkeypatch):
+    def planner(setting, library, **options):
+        raise ValueError(f"{setting.topology} x {setting.slices}, {options}")
+
+    monkeypatch.setattr("wemmu_jax.planning.plan.plan_stage", planner)
+    words = ("--topology", "v5p:2x2x1", "--cache", tmp_path, "--slices", 2)
+    assert plan(*words, "--all-shapes", "--processes", 3) == FAILED
+    said = capsys.readouterr().err
+    assert "v5p:2x2x1 x 2, {'all_shapes': True, 'processes': 3}" in said
 
 
 def test_what_is_no_topology(tmp_path, capsys):
