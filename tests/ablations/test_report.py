@@ -123,7 +123,7 @@ def test_scores_are_kept_for_machines_that_ran_other_seeds(tmp_path):
     kept = json.loads((pictures / "scores.json").read_text())
     run = kept["full"]["noisy/seed0/stage3"]
     assert run["code"] == "0.1.0 at 1a2b3c4" and run["graded"] == 32
-    assert run["trained"].startswith("stage1 400 x 32, stage2 1200 x 32")
+    assert run["trained"].startswith("stage1 400 x 32, stage2 800 x 32")
     recipe = run["recipe"].split()
     assert len(recipe) == 3
     run["recipe"] = " ".join([*recipe[:2], "0" * 16])  # another stage 3

@@ -93,7 +93,7 @@ def _content(folder: pathlib.Path) -> str:
 
 # Guesses for one core, until jobs of a kind are done: samples of training and pictures of grading a second, and the
 # seconds that a job takes to compile, with XLA's optimizations and without.
-_SAMPLES, _PICTURES, _COMPILE = 32.0, 4.0, {True: 60.0, False: 25.0}
+_SAMPLES, _PICTURES, _COMPILE = 25.0, 4.0, {True: 60.0, False: 25.0}
 
 
 def estimate(todo: Sequence[Job], *, budget: str, ledger: Ledger) -> float:
