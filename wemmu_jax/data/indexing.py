@@ -31,12 +31,12 @@ from wemmu_jax.data.index import (
     Format,
     Index,
     Problem,
-    merge_parts,
     read_problems,
     settle,
     unread,
 )
 from wemmu_jax.data.measuring import write_part
+from wemmu_jax.data.merging import merge_parts
 from wemmu_jax.data.processes import each
 
 Progress = Callable[[int, int], None]  # units done, units in all
