@@ -35,6 +35,7 @@ from typing import Any, Protocol, TextIO
 import numpy as np
 
 from wemmu_jax.data.records import Turn
+from wemmu_jax.errors import passes
 from wemmu_jax.files import read_object
 
 VERSION = 4
@@ -337,10 +338,17 @@ def read_problems(folder: pathlib.Path) -> list[Problem]:
 
 
 def load_column(path: pathlib.Path) -> np.ndarray:
-    """A column of an index, mapped. Raises ValueError: it is damaged."""
+    """A column of an index, mapped.
+
+    Raises:
+      ValueError: it is damaged.
+      OSError: storage fails for the moment.
+    """
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
+        if passes(error):
+            raise
         raise ValueError(f"{path}: damaged, delete the index: {error}") from error
 
 
