@@ -1,5 +1,8 @@
 """An index from its parts, which are indexes of a unit each."""
 
+import contextlib
+import errno
+import os
 import pathlib
 import shutil
 from collections.abc import Sequence
@@ -12,17 +15,20 @@ from wemmu_jax.files import write_json
 
 
 def merge_parts(parts: Sequence[pathlib.Path], folder: pathlib.Path, meta: dict[str, Any]) -> None:
-    """Writes the parts, in their order, as one index, whole or not at all."""
+    """Writes the parts, in their order, as one index, whole or not at all.
+
+    Raises:
+      OSError: the disk has not enough room.
+    """
     folder.mkdir(parents=True)
     lengths = {name: [len(load_column(p / f"{name}.npy")) for p in parts] for name in COLUMNS}
     totals = {name: sum(each) for name, each in lengths.items()}
     totals["names"] -= len(parts) - 1  # each has an end of its own
     columns = {
-        name: np.lib.format.open_memmap(
+        name: _new_column(
             folder / f"{name}.npy",
-            mode="w+",
-            dtype=(first := load_column(parts[0] / f"{name}.npy")).dtype,
-            shape=(totals[name], *first.shape[1:]),
+            (first := load_column(parts[0] / f"{name}.npy")).dtype,
+            (totals[name], *first.shape[1:]),
         )
         for name in COLUMNS
         if totals[name]
@@ -58,3 +64,17 @@ def merge_parts(parts: Sequence[pathlib.Path], folder: pathlib.Path, meta: dict[
     write_json(
         folder / "meta.json", {"version": VERSION, "rows": totals, "problems": problems, **meta}
     )
+
+
+def _new_column(path: pathlib.Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    """Mapped, to be filled. Its room is taken at once: where the disk is found full while a mapped page is written, the
+    process is killed by SIGBUS without a word."""
+    column = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    with path.open("r+b") as file, contextlib.suppress(AttributeError):  # of macOS
+        try:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        except OSError as error:
+            # Some file systems cannot.
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise OSError(error.errno, error.strerror, str(path)) from error
+    return column
