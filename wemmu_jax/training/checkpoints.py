@@ -76,9 +76,9 @@ def claim_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict, run:
                 f"{workdir}: its data sets held other records when the run began:\n  "
                 + "\n  ".join(data)
                 + "\nThe samples to come would not be those that were to come. Bring the data back as they were "
-                "(`wemmu data index` reads again what a disk failed to give; where an index was renewed, delete the renewal), "
-                f"or begin a run on these data in a workdir of its own with --init {workdir}. To go on all the same, "
-                f"take data out of {workdir}/run.json"
+                "(`wemmu data index` reads again what a disk failed to give; a renewed index is gone when its folder "
+                "is), or begin a run on these data in a workdir of its own with "
+                f"--init {workdir}. To go on all the same, take data out of {workdir}/run.json"
             )
         return
     workdir.mkdir(parents=True, exist_ok=True)
