@@ -54,28 +54,50 @@ if [ -n "$dry" ]; then
   exit
 fi
 
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+
+answered= # whether gcloud works here at all
 ready() { # asks for the resource until it is there
+  local state refused=0
   while true; do
-    state=$("${describe[@]}" 2>/dev/null || true)
-    case $state in
-      ACTIVE) return ;;
-      "") "${create[@]}" ;;
-      FAILED | SUSPENDED) "${delete[@]}" ;;
-      *) sleep "${POLL:-60}" ;; # waiting for resources, being made, being taken away
-    esac
+    if state=$("${describe[@]}" 2>"$log"); then
+      answered=1
+      case $state in
+        ACTIVE) return ;;
+        FAILED | SUSPENDED) ! "${delete[@]}" || continue ;;
+        *) ;; # waiting for resources, being made, being taken away
+      esac
+    elif grep -q NOT_FOUND "$log"; then
+      answered=1
+      ! "${create[@]}" || continue
+      # It may have been made all the same.
+      refused=$((refused + 1))
+      if [ "$refused" -eq 5 ]; then
+        echo "tpu.sh: gave up; $NAME cannot be made" >&2
+        exit 1
+      fi
+    else # the network, or a login that is over: the VMs may be there
+      cat "$log" >&2
+      [ -n "$answered" ] || exit 1
+      echo "tpu.sh: no word of $NAME; asking again" >&2
+    fi
+    sleep "${POLL:-60}"
   done
 }
 
-log=$(mktemp)
-trap 'rm -f "$log"' EXIT
 for ((attempt = 0; attempt <= ${RESTARTS:-50}; attempt++)); do
   ready
   "${train[@]}" 2>&1 | tee "$log" || true
   ends=$(sed -n 's/.*wemmu ended with \([0-9]*\)$/\1/p' "$log" | sort -u | tr '\n' ' ')
   case " $ends" in
     " 0 ")
-      "${delete[@]}"
-      exit
+      for _ in 1 2 3 4 5; do
+        ! "${delete[@]}" || exit 0
+        sleep "${POLL:-60}"
+      done
+      echo "tpu.sh: done; $NAME cannot be deleted and is still there" >&2
+      exit 1
       ;;
     *" 2 "*)
       echo "tpu.sh: an error that somebody has to mend; $NAME is still there" >&2

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -11,6 +12,15 @@ from typing import Any, TypeVar
 from wemmu_jax.errors import passes
 
 Config = TypeVar("Config")
+
+
+def check_local(path: str | pathlib.Path, *, name: str) -> None:
+    """Raises ValueError, which calls it `name`, if a path is a URL. To pathlib `gs://b/run` is the folder `run` in `b`
+    in `gs:`, which it would make here."""
+    if re.match(r"[a-zA-Z][\w+.-]+:/", str(path)):
+        raise ValueError(
+            f"{name} {path}: expected a local path; of a bucket, one below the folder where it is mounted"
+        )
 
 
 def read_object(file: str | pathlib.Path, *, keys: Sequence[str] = ()) -> dict[str, Any]:

@@ -128,6 +128,24 @@ def test_export_of_a_trained_model_comes_back(wemmu, converted, workdir, tmp_pat
     assert Origin(again).fingerprint != before
 
 
+def test_export_leaves_the_accelerator_alone(wemmu, workdir, tmp_path, monkeypatch):
+    """Its trained leaves would be the largest thing that a first device ever held."""
+    devices, trained, places = jax.local_devices, Origin.trained, set()
+
+    def local_devices(*, backend=None):
+        return devices()[3:] if backend == "cpu" else devices()
+
+    def spied(self, *arguments, **options):
+        leaves = trained(self, *arguments, **options)
+        places.update(device for leaf in leaves.values() for device in leaf.devices())
+        return leaves
+
+    monkeypatch.setattr(jax, "local_devices", local_devices)
+    monkeypatch.setattr(Origin, "trained", spied)
+    assert wemmu("export", "--checkpoint", workdir, "--out", tmp_path / "out").code == 0
+    assert places == {devices()[3]}
+
+
 def test_which_weights_drew_a_picture(workdir, converted, copy_of):
     """Pictures and answers carry it, so that `batch` does not take those of an earlier step for its own."""
     latest, earlier = Origin(workdir).identity, Origin(workdir, step=0).identity

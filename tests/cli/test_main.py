@@ -114,6 +114,27 @@ def test_errors_of_the_moment_ask_for_another_try(error, code, monkeypatch, wemm
     assert (result.code, result.err) == (code, f"wemmu chat: {error}\n")
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "train --config configs/tiny.py:stage1 --init x --workdir gs://b/run",
+        "train --config configs/tiny.py:stage1 --workdir x --init gs://b/run",
+        "convert --vlm x --sana y --out gs://b/run",
+        "export --checkpoint x --out s3://b/run",
+        "generate hi --checkpoint gs://b/run",
+        "miniworld pretrain vlm --out gs://b/run --workdir x",
+        "data pack sets.yaml --out gs://b/run",
+        "demo --out gs://b/run",
+    ],
+)
+def test_a_url_is_no_local_folder(words, refused, monkeypatch, tmp_path):
+    """It would be one, `gs:`, made where the command runs."""
+    monkeypatch.chdir(tmp_path)
+    command, *rest = words.split()
+    assert "/run: expected a local path" in refused(command, *rest)
+    assert not any(tmp_path.iterdir())
+
+
 def test_overrides_are_taken_in_both_forms():
     words = [
         "train",

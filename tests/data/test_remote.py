@@ -180,6 +180,13 @@ def test_packed_files_must_be_local(tmp_path, bucket):
         build_source({"type": "array-record", "paths": f"{bucket()}/a.arrayrecord"})
 
 
+def test_the_index_must_be_local(pictures, bucket, monkeypatch):
+    settings, _ = folder(pictures)
+    monkeypatch.setenv("WEMMU_INDEX", "memory://index")
+    with pytest.raises(ValueError, match="WEMMU_INDEX memory://index: expected a local path"):
+        build_source({"type": "folder", **at(settings, bucket())})
+
+
 class HttpError(Exception):
     """A client's own error, as gcsfs has it: no OSError."""
 

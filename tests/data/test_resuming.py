@@ -1,11 +1,14 @@
 """What goes on where it was stopped goes on with what it was made from."""
 
+import errno
 import os
+import pathlib
 
 import pytest
 from PIL import Image
 
 from tests.data.conftest import write_json
+from wemmu_jax.data import merging
 from wemmu_jax.data.manifest import go_on
 from wemmu_jax.data.packing import pack
 from wemmu_jax.data.sources import build_source
@@ -60,6 +63,34 @@ def test_a_set_that_changed_is_not_packed_into_what_was_packed_before(grown, tmp
     (out / "a.json").unlink()
     with pytest.raises(ValueError, match=r"a-00000.* is there, but not a\.json, which says"):
         packed(grown(6), out)
+
+
+def test_a_disk_without_room_for_an_index(grown, monkeypatch):
+    """An error before anything is mapped: later it would be a SIGBUS, which kills without a word."""
+    left, taken = 4, []
+
+    def allocate(file, offset, size):
+        taken.append(os.readlink(f"/proc/self/fd/{file}"))
+        assert (offset, size) == (0, os.fstat(file).st_size) and size > 0
+        if len(taken) > left:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(merging.os, "posix_fallocate", allocate)
+    with pytest.raises(OSError, match=r"No space left on device: .*\.npy'") as found:
+        grown(6)
+    assert found.value.errno == errno.ENOSPC and len(taken) == left + 1
+    root = pathlib.Path(taken[0]).parents[1]
+    assert not list(root.glob("*.partial-*")) and list(root.glob("*.building")), "to go on from"
+    left = 99
+    assert len(grown(6)) == 6
+
+
+def test_a_file_system_that_takes_no_room_at_once(grown, monkeypatch):
+    def allocate(*_):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(merging.os, "posix_fallocate", allocate)
+    assert len(grown(7)) == 7
 
 
 def test_which_sets_are_the_same(grown):

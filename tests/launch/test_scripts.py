@@ -231,13 +231,31 @@ def test_slurm_asks_for_a_process_on_each_gpu(tmp_path):
 # -- tpu.sh
 
 
+def looks(*states: str) -> str:
+    """What `describe` says one time after the other, as gcloud does: an error is one word, and its code 1."""
+    return f"""describe)
+  echo . >>"$here/looks"
+  states=({" ".join(states)})
+  state=${{states[$(wc -l <"$here/looks") - 1]}}
+  case $state in
+    NOT_FOUND | UNAUTHENTICATED) echo "ERROR: (gcloud) $state: w" >&2; exit 1 ;;
+    *) echo "$state" ;;
+  esac ;;"""
+
+
 def test_tpu_asks_again_after_a_preemption(tmp_path):
     """Suspended, deleted, created, waited for; trained on until preempted; and the same once more, to the end."""
-    body = """case $4 in
-describe)
-  echo . >>"$here/looks"
-  states=(SUSPENDED "" WAITING_FOR_RESOURCES ACTIVE FAILED "" ACTIVE)
-  echo "${states[$(wc -l <"$here/looks") - 1]}" ;;
+    states = [
+        "SUSPENDED",
+        "NOT_FOUND",
+        "WAITING_FOR_RESOURCES",
+        "ACTIVE",
+        "FAILED",
+        "NOT_FOUND",
+        "ACTIVE",
+    ]
+    body = f"""case $4 in
+{looks(*states)}
 ssh)
   echo . >>"$here/trained"
   if [ "$(wc -l <"$here/trained")" -eq 1 ]; then echo "wemmu ended with 75"; echo "wemmu ended with 134"
@@ -250,6 +268,49 @@ esac"""
     once = ["describe", "delete", "describe", "create", "describe"]
     assert did == [*once, "describe", "ssh", *once, "ssh", "delete"]
     assert "stopped (134 75 ); going on" in found.stderr
+
+
+def test_tpu_that_gives_no_answer_may_be_there(tmp_path):
+    """A second one cannot be made beside it, and the run goes on when the login is renewed."""
+    states = ["ACTIVE", "UNAUTHENTICATED", "UNAUTHENTICATED", "ACTIVE"]
+    body = f"""case $4 in
+{looks(*states)}
+create) exit 1 ;;
+ssh) echo "wemmu ended with $([ -e "$here/again" ] && echo 0 || echo 75)"; touch "$here/again" ;;
+esac"""
+    fake(tmp_path, "gcloud", body)
+    found = ran("tpu", tmp_path, *WORDS)
+    assert found.returncode == 0, found.stderr
+    did = [call.split()[4] for call in calls(tmp_path)]
+    assert did == ["describe", "ssh", "describe", "describe", "describe", "ssh", "delete"]
+    assert found.stderr.count("UNAUTHENTICATED: w\ntpu.sh: no word of w; asking again") == 2
+
+
+def test_tpu_where_gcloud_does_not_work(tmp_path):
+    fake(tmp_path, "gcloud", f"case $4 in {looks('UNAUTHENTICATED')} esac")
+    found = ran("tpu", tmp_path, *WORDS)
+    assert found.returncode == 1 and "UNAUTHENTICATED" in found.stderr
+    assert [call.split()[4] for call in calls(tmp_path)] == ["describe"]
+
+
+def test_tpu_that_was_made_though_it_failed(tmp_path):
+    body = f"""case $4 in
+{looks("NOT_FOUND", "ACTIVE")}
+create) exit 1 ;;
+ssh) echo "wemmu ended with 0" ;;
+delete) [ "$(grep -c delete "$here/calls")" -gt 2 ] ;;
+esac"""
+    fake(tmp_path, "gcloud", body)
+    assert ran("tpu", tmp_path, *WORDS).returncode == 0
+    did = [call.split()[4] for call in calls(tmp_path)]
+    assert did == ["describe", "create", "describe", "ssh", *["delete"] * 3]
+
+
+def test_tpu_that_cannot_be_made(tmp_path):
+    fake(tmp_path, "gcloud", f"case $4 in {looks(*['NOT_FOUND'] * 9)} create) exit 1 ;; esac")
+    found = ran("tpu", tmp_path, *WORDS)
+    assert found.returncode == 1 and "gave up; w cannot be made" in found.stderr
+    assert [call.split()[4] for call in calls(tmp_path)] == ["describe", "create"] * 5
 
 
 def test_tpu_stops_at_an_error(tmp_path):

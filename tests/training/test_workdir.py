@@ -1,17 +1,26 @@
 """What a run refuses to start in, and to start from; nothing is changed by a run that was refused."""
 
 import errno
+import functools
 import json
 import pathlib
 import shutil
 import subprocess
 import sys
+import types
 
+import jax
 import pytest
 
 from tests.training.conftest import last_state, write_converted
+from tests.training.test_resume import assert_same_bits
+from wemmu_jax.data.pools import Feed
+from wemmu_jax.data.tasks import Task
 from wemmu_jax.files import read_object, write_json
-from wemmu_jax.training.checkpoints import Checkpoints, only_run
+from wemmu_jax.miniworld.sources import MiniworldSource
+from wemmu_jax.sharding.mesh import make_mesh
+from wemmu_jax.training import loop, run
+from wemmu_jax.training.checkpoints import Checkpoints, differences, only_run
 from wemmu_jax.training.loop import train
 from wemmu_jax.training.origin import Origin
 from wemmu_jax.training.run import prepare
@@ -49,6 +58,57 @@ def test_a_workdir_of_another_config(stage1, config_of):
     assert "optimizer.learning_rate: 0.004 there, 0.5 here" in text
     assert "seed: 1 there, 7 here" in text
     assert text.count(" there, ") == 2
+
+
+def test_what_changes_no_sample_may_change(copy_of_stage1, stage1, config_of, monkeypatch, capsys):
+    """As when fewer chips are to be had than before."""
+    before = last_state(stage1[0], copy_of_stage1)
+    devices = jax.devices()[:2]
+    monkeypatch.setattr(run, "make_mesh", functools.partial(make_mesh, devices=devices))
+    changes = {
+        "mesh.fsdp": 2,
+        "data.workers": 1,
+        "data.threads": 1,
+        "model.attention": "xla",
+        "model.remat": "none",
+        "every.log": 3,
+        "keep_checkpoints": 2,
+    }
+    config = config_of("stage1", **EMA, **changes)
+    train(config, copy_of_stage1)
+    said = capsys.readouterr().err
+    assert f"{copy_of_stage1} goes on with another config" in said
+    assert "mesh.fsdp: 1 there, 2 here" in said and "numbers differ by rounding" in said
+    assert said.count(" there, ") == len(changes)
+    assert read_object(copy_of_stage1 / "config.json") == json.loads(config.to_json())
+    assert_same_bits(before, last_state(stage1[0], copy_of_stage1))
+    train(config, copy_of_stage1)
+    assert " there, " not in capsys.readouterr().err
+
+
+def test_data_that_hold_other_records_by_now(copy_of_stage1, config_of):
+    file = copy_of_stage1 / "run.json"
+    begun = read_object(file)
+    assert len(begun["data"]) > 2 and all(" records, " in one for one in begun["data"].values())
+    write_json(file, {**begun, "data": {**begun["data"], "1": "photos: 3 records, abc"}})
+    config = config_of("stage1", **EMA)
+    text = refused(config, copy_of_stage1, ValueError, "held other records when the run began")
+    assert "1: 'photos: 3 records, abc' there, " in text and text.count(" there, ") == 1
+    assert f"--init {copy_of_stage1}" in text and f"take data out of {file}" in text
+    # As the run of an earlier version, and whoever did as the message says.
+    write_json(file, {key: value for key, value in begun.items() if key != "data"})
+    train(config, copy_of_stage1)
+    assert read_object(file) == begun
+
+
+def test_a_data_set_with_a_dot_in_its_name_is_compared_too():
+    def sets(size):
+        source = MiniworldSource("caption", seed=0, size=size, split="train")
+        data = types.SimpleNamespace(feeds=[Feed("cc12m.v2", Task.T2I, source)])
+        return loop._data_identities(types.SimpleNamespace(data=data, held_out=None))
+
+    [line] = differences(sets(3), sets(4))
+    assert "cc12m.v2: 3 records" in line and "cc12m.v2: 4 records" in line
 
 
 def test_a_folder_in_other_use(config_of, tmp_path):
@@ -231,9 +291,6 @@ def test_two_runs_in_one_workdir(copy_of_stage1, stage1, config_of):
 
 def test_sizes_that_the_devices_do_not_divide(config_of, monkeypatch):
     """With the mesh that a run really makes: all devices."""
-    from wemmu_jax.sharding.mesh import make_mesh
-    from wemmu_jax.training import run
-
     monkeypatch.setattr(run, "make_mesh", make_mesh)
     with pytest.raises(
         ValueError, match=r"batch.rows=12 does not divide over 8 devices.*\[8, 16\]"

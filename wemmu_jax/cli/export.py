@@ -70,7 +70,7 @@ def export_checkpoint(checkpoint: str, out: str) -> Exported:
 
     with staged(pathlib.Path(out)) as partial:
         origin = Origin(checkpoint)
-        weights, bridge = origin.backbones, origin.trained()
+        weights, bridge = origin.backbones, origin.trained(_in_host_memory())
         tuned = {
             path: bridge.pop(path).astype(spec.dtype)
             for path, spec in weights.specs.items()
@@ -84,3 +84,14 @@ def export_checkpoint(checkpoint: str, out: str) -> Exported:
             config = BridgeConfig.from_dict(origin.bridge)
             save_bridge(partial / BRIDGE_FILE, bridge, config, weights.fingerprint)
     return Exported(report.tensors, report.bytes, len(tuned), len(bridge))
+
+
+def _in_host_memory():
+    """The place of all trained leaves, which are 18 GB at the real size: more than an accelerator may have."""
+    import jax
+
+    try:
+        place = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    except RuntimeError:  # JAX_PLATFORMS names others alone
+        return None
+    return lambda path, spec: place

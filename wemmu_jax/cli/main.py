@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import wemmu_jax
 from wemmu_jax.cli.overrides import take_overrides
 from wemmu_jax.errors import USER_ERRORS, passes
+from wemmu_jax.files import check_local
 
 COMMANDS = {
     "convert": "Hugging Face folders -> our checkpoint",
@@ -29,6 +30,12 @@ COMMANDS = {
     "evaluate": "draws a benchmark's pictures and scores them",
     "miniworld": "trains the tiny preset's backbones; runs and reports ablations on them",
     "demo": "the whole life of a model on the tiny preset",
+}
+
+# Arguments that name what is read or written on a disk; data sets' own paths may be URLs.
+_LOCAL = {
+    *("workdir", "init", "checkpoint", "out", "vlm", "sana", "bridge", "backbones", "cache"),
+    *("json", "page"),
 }
 
 FAILED, TRY_AGAIN, INTERRUPTED = 2, 75, 130
@@ -57,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"wemmu {command} takes no --config.KEY: {', '.join(overrides)}")
     args.overrides = overrides
     try:
+        for name in sorted(_LOCAL & vars(args).keys()):
+            check_local(vars(args)[name] or "", name=f"--{name}")
         module.run(args)
     except InterruptedError as error:
         print(f"wemmu {command}: {error}", file=sys.stderr)

@@ -35,7 +35,8 @@ from typing import Any, Protocol, TextIO
 import numpy as np
 
 from wemmu_jax.data.records import Turn
-from wemmu_jax.files import read_object, write_json
+from wemmu_jax.errors import passes
+from wemmu_jax.files import read_object
 
 VERSION = 4
 MOST_SOURCES = 4  # of a record
@@ -47,7 +48,7 @@ PICTURE = np.dtype(
     [("at", "<u8"), ("file", "<u4"), ("size", "<u4"), ("crc", "<u4"), ("height", "<u4"), ("width", "<u4")]
 )  # fmt: skip
 _AT_ONCE = 1 << 20  # rows, or bytes, that are hashed together, so that millions take little memory
-_COLUMNS = (
+COLUMNS = (
     "sizes", "source_counts", "conversations", "records", "pictures", "names", "stamps", "units",
 )  # fmt: skip
 
@@ -165,7 +166,7 @@ class Index:
             raise ValueError(
                 f"{folder}: an index of version {meta['version']}, expected {VERSION}: delete it"
             )
-        loaded = {name: _load(self.folder / f"{name}.npy") for name in _COLUMNS}
+        loaded = {name: load_column(self.folder / f"{name}.npy") for name in COLUMNS}
         found = {name: len(column) for name, column in loaded.items()}
         if found != meta["rows"]:
             raise ValueError(f"{folder}: expected rows {meta['rows']}, found {found}: delete it")
@@ -190,7 +191,7 @@ class Index:
         """int32[N, 2], (height, width) of each target; of a conversation's first picture, 1 x 1 where there is none.
 
         Mapped anew: it is read once, as a whole, and its pages need not stay."""
-        return _load(self.folder / "sizes.npy")
+        return load_column(self.folder / "sizes.npy")
 
     def key(self, index: int) -> str:
         """The name of a record."""
@@ -242,8 +243,8 @@ class Index:
     def _read(self, column: str, field: str | None = None) -> Iterator[bytes]:
         """A column, or a field of it, in parts, each mapped anew: its pages need not stay."""
         path = self.folder / f"{column}.npy"
-        for start in range(0, len(_load(path)), _AT_ONCE):
-            part = _load(path)[start : start + _AT_ONCE]
+        for start in range(0, len(load_column(path)), _AT_ONCE):
+            part = load_column(path)[start : start + _AT_ONCE]
             yield (part if field is None else part[field]).tobytes()
 
     def _read_texts(self) -> Iterator[bytes]:
@@ -336,59 +337,18 @@ def read_problems(folder: pathlib.Path) -> list[Problem]:
         return [Problem(**json.loads(line)) for line in lines]
 
 
-def merge_parts(parts: Sequence[pathlib.Path], folder: pathlib.Path, meta: dict[str, Any]) -> None:
-    """Writes the parts, in their order, as one index, whole or not at all."""
-    folder.mkdir(parents=True)
-    lengths = {name: [len(_load(p / f"{name}.npy")) for p in parts] for name in _COLUMNS}
-    totals = {name: sum(each) for name, each in lengths.items()}
-    totals["names"] -= len(parts) - 1  # each has an end of its own
-    columns = {
-        name: np.lib.format.open_memmap(
-            folder / f"{name}.npy",
-            mode="w+",
-            dtype=(first := _load(parts[0] / f"{name}.npy")).dtype,
-            shape=(totals[name], *first.shape[1:]),
-        )
-        for name in _COLUMNS
-        if totals[name]
-    }
-    for name in set(_COLUMNS) - set(columns):
-        np.save(folder / f"{name}.npy", _load(parts[0] / f"{name}.npy")[:0])
-    at = dict.fromkeys(_COLUMNS, 0)
-    texts_at = names_at = problems = 0
-    with (
-        (folder / "texts.bin").open("wb") as texts,
-        (folder / "names.bin").open("wb") as names,
-        problem_file(folder) as problem_lines,
-    ):
-        for part in parts:
-            loaded = {name: np.array(_load(part / f"{name}.npy")) for name in _COLUMNS}
-            loaded["records"]["text_at"] += np.uint64(texts_at)
-            loaded["records"]["pictures_at"] += np.uint64(at["pictures"])
-            loaded["pictures"]["file"] += np.uint32(at["names"])
-            loaded["names"] += names_at
-            for name, column in loaded.items():
-                if len(column):
-                    columns[name][at[name] : at[name] + len(column)] = column
-                at[name] += len(column) - (name == "names")
-            for name, heap in (("texts.bin", texts), ("names.bin", names)):
-                with (part / name).open("rb") as own:
-                    shutil.copyfileobj(own, heap)
-            texts_at, names_at = texts.tell(), names.tell()
-            lines = (part / "problems.jsonl").read_text(encoding="utf-8")
-            problem_lines.write(lines)
-            problems += lines.count("\n")
-    for column in columns.values():
-        column.flush()
-    write_json(
-        folder / "meta.json", {"version": VERSION, "rows": totals, "problems": problems, **meta}
-    )
+def load_column(path: pathlib.Path) -> np.ndarray:
+    """A column of an index, mapped.
 
-
-def _load(path: pathlib.Path) -> np.ndarray:
+    Raises:
+      ValueError: it is damaged.
+      OSError: storage fails for the moment.
+    """
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
+        if passes(error):
+            raise
         raise ValueError(f"{path}: damaged, delete the index: {error}") from error
 
 

@@ -31,13 +31,14 @@ from wemmu_jax.data.index import (
     Format,
     Index,
     Problem,
-    merge_parts,
     read_problems,
     settle,
     unread,
 )
 from wemmu_jax.data.measuring import write_part
+from wemmu_jax.data.merging import merge_parts
 from wemmu_jax.data.processes import each
+from wemmu_jax.files import check_local
 
 Progress = Callable[[int, int], None]  # units done, units in all
 
@@ -63,6 +64,7 @@ def index_folder(format: Format, captions: str | list | tuple = ()) -> pathlib.P
     }
     text = json.dumps(described, sort_keys=True)
     root = os.environ.get("WEMMU_INDEX") or pathlib.Path.home() / ".cache/wemmu/index"
+    check_local(root, name="WEMMU_INDEX")
     name = f"{type(format).__name__.lower()}-{hashlib.sha256(text.encode()).hexdigest()[:20]}"
     return pathlib.Path(root) / name
 

@@ -3,16 +3,25 @@
 A record that cannot be used is replaced by the next of its row's candidates, which are a pure function of the sample
 number. Every host must pad a micro-batch to the same text length without reading the others' pictures; so the length
 is settled by the texts alone, and what later replaces a record with a bad picture has a text that fits, if any has.
+
+Storage that fails for the moment makes no record bad: which records a run sees would depend on its luck.
 """
 
 import dataclasses
+import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 
 from wemmu_jax.data.buckets import Bucket
 from wemmu_jax.data.pools import Feed
 from wemmu_jax.data.tasks import Example, make_example
+from wemmu_jax.errors import passes
+
+# Seconds between attempts to read; what lasts longer ends the run, which whoever started it starts again.
+WAITS = (1.0, 5.0, 25.0)
+Result = TypeVar("Result")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +80,12 @@ class RowMaker:
 
         Raises:
           ValueError: none has; names them.
+          OSError: storage fails, see `errors.passes`.
         """
         bad: list[Bad] = []
         for place, record in enumerate(candidates.records):
             try:
-                tokens = self.text_length(self.example(candidates.feed, record))
+                tokens = _patiently(self._tokens, candidates.feed, record)
             except (ValueError, OSError) as error:
                 bad.append(self._bad(candidates.feed, record, error))
                 continue
@@ -89,6 +99,7 @@ class RowMaker:
 
         Raises:
           ValueError: none can be; names them.
+          OSError: storage fails, see `errors.passes`.
         """
         first, *others = candidates.records
         bad: list[Bad] = []
@@ -96,15 +107,18 @@ class RowMaker:
 
         def tried(record: int, *, fits: bool) -> Row | None:
             try:
-                example = self.example(candidates.feed, record)
-                if fits and self.text_length(example) > length:
-                    too_long.append(record)
-                    return None
-                key = f"{self.feeds[candidates.feed].name}/{example.key}"
-                return Row(key, record, self.encode_row(example, bucket, length), tuple(bad))
+                return _patiently(filled, record, fits)
             except (ValueError, OSError) as error:
                 bad.append(self._bad(candidates.feed, record, error))
                 return None
+
+        def filled(record: int, fits: bool) -> Row | None:
+            example = self.example(candidates.feed, record)
+            if fits and self.text_length(example) > length:
+                too_long.append(record)
+                return None
+            key = f"{self.feeds[candidates.feed].name}/{example.key}"
+            return Row(key, record, self.encode_row(example, bucket, length), tuple(bad))
 
         if row := tried(first, fits=False):
             return row
@@ -119,12 +133,32 @@ class RowMaker:
         source, task = self.feeds[feed].source, self.feeds[feed].task
         return make_example(task, source[record])
 
+    def _tokens(self, feed: int, record: int) -> int:
+        return self.text_length(self.example(feed, record))
+
     def _bad(self, feed: int, record: int, error: Exception) -> Bad:
+        """Raises `error` where not the record is to blame."""
+        if passes(error):
+            raise error
         try:
-            key = self.feeds[feed].source[record].key
-        except (ValueError, OSError):
+            key = _patiently(lambda: self.feeds[feed].source[record].key)
+        except (ValueError, OSError) as another:
+            if passes(another):
+                raise
             key = f"record {record}"
         return Bad(self.feeds[feed].name, key, str(error) or type(error).__name__)
+
+
+def _patiently(function: Callable[..., Result], *arguments) -> Result:
+    """What `function` gives, tried again after each of `WAITS` where storage fails for the moment."""
+    for wait in WAITS:
+        try:
+            return function(*arguments)
+        except OSError as error:
+            if not passes(error):
+                raise
+        time.sleep(wait)
+    return function(*arguments)
 
 
 def _all_bad(bad: Sequence[Bad]) -> str:

@@ -56,7 +56,7 @@ class Workers:
 
         Raises:
           RuntimeError: workers were killed over and over.
-          ValueError: what a job raises.
+          ValueError, OSError: what a job raises.
         """
         results: dict[int, Any] = {}
         for _ in range(MOST_DEATHS):

@@ -1,6 +1,6 @@
 """The workdir of a run and its checkpoints.
 
-A workdir holds `config.json` (the resolved config), `run.json` (where the run started from) and
+A workdir holds `config.json` (the resolved config), `run.json` (where the run started from, and on which data) and
 `checkpoints/STEP/`, Orbax checkpoints of the trainable side alone; frozen weights stay in the converted folder,
 which `run.json` names together with its fingerprint.
 """
@@ -10,6 +10,7 @@ import fcntl
 import json
 import pathlib
 import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import jax
@@ -24,18 +25,24 @@ from wemmu_jax.training.state import TrainState
 Sharding = Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding | None] | None
 
 PARAMS, EMA, REST = "params", "ema", "optimizer"
+# Beginnings of `differences`' lines for keys that do not change what is computed, but how, or what is kept of it.
+_MAY_DIFFER = (
+    *("mesh.", "data.workers:", "data.threads:", "model.attention:", "model.remat:"),
+    *("every.", "keep_checkpoints:"),
+)
 
 
 def check_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
     """Changes nothing.
 
     Raises:
-      ValueError: the workdir belongs to another config, whose differing keys are named, or is in other use.
+      ValueError: the workdir belongs to another config, whose differing keys are named, or is in other use. Keys
+        that only a step's rounding hangs on (the mesh's, kernels') may differ.
     """
     path = workdir / "config.json"
     if path.exists():
         other = differences(read_object(path), json.loads(config.to_json()))
-        if other:
+        if other := [line for line in other if not line.startswith(_MAY_DIFFER)]:
             raise ValueError(
                 f"{workdir} belongs to another config:\n  " + "\n  ".join(other) + "\n"
                 "Give this run a workdir of its own, or the same config to resume."
@@ -52,19 +59,49 @@ def claim_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict, run:
     Args:
       workdir: the folder.
       config: the resolved config.
-      run: where the run starts from: `init`, `init_step`, `fingerprint`, `bridge`.
+      run: where the run starts from: `init`, `init_step`, `fingerprint`, `bridge`; `data`, what its data sets hold.
 
     Raises:
-      ValueError: as `check_workdir`, or the weights that the run started from are others by now.
+      ValueError: as `check_workdir`, or the weights that the run started from, or its data, are others by now.
     """
     check_workdir(workdir, config)
     if (workdir / "config.json").exists():
-        if other := differences(read_object(workdir / "run.json"), run):
+        begun = read_object(workdir / "run.json")
+        # A run of an earlier version does not say what its data sets held.
+        data = differences({"data": run["data"], **begun}["data"], run["data"])
+        if other := differences(begun | {"data": {}}, run | {"data": {}}):
             raise ValueError(f"{workdir} started from other weights:\n  " + "\n  ".join(other))
+        if data:
+            raise ValueError(
+                f"{workdir}: its data sets held other records when the run began:\n  "
+                + "\n  ".join(data)
+                + "\nThe samples to come would not be those that were to come. Bring the data back as they were "
+                "(`wemmu data index` reads again what a disk failed to give; a renewed index is gone when its folder "
+                "is), or begin a run on these data in a workdir of its own with "
+                f"--init {workdir}. To go on all the same, take data out of {workdir}/run.json"
+            )
         return
     workdir.mkdir(parents=True, exist_ok=True)
     write_json(workdir / "run.json", run)
     write_json(workdir / "config.json", json.loads(config.to_json()))
+
+
+def renew_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict, run: dict) -> None:
+    """Writes down, and says, what is another than before in a run that goes on, see `check_workdir`; for whoever has
+    claimed the workdir and holds its lock."""
+    path, mine = workdir / "config.json", json.loads(config.to_json())
+    if other := differences(read_object(path), mine):
+        print(
+            f"{workdir} goes on with another config:\n  "
+            + "\n  ".join(other)
+            + "\nThe samples and their noise "
+            "stay the same; with another mesh or other kernels, numbers differ by rounding.",
+            file=sys.stderr,
+            flush=True,
+        )
+        write_json(path, mine)
+    if "data" not in read_object(workdir / "run.json"):
+        write_json(workdir / "run.json", run)
 
 
 @contextlib.contextmanager

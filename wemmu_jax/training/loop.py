@@ -31,6 +31,7 @@ from wemmu_jax.training.checkpoints import (
     claim_workdir,
     differences,
     only_run,
+    renew_workdir,
 )
 from wemmu_jax.training.metrics import Progress, task_means
 from wemmu_jax.training.profile import Profiler
@@ -65,14 +66,16 @@ def train(
         check_workdir(workdir, config)
         run = prepare(config)
     _check_alike("weights", run.origin.described())
-    if jax.process_count() > 1:  # what it costs is to read all texts
-        _check_alike("data sets", _data_identities(run))
+    data = _data_identities(run)
+    _check_alike("data sets", data)
     with contextlib.ExitStack() as stack:
         with together("taking the workdir"):
             if is_first():
-                bridge = {"bridge": run.stage.bridge.to_dict()}
-                claim_workdir(workdir, config, run.origin.described() | bridge)
+                begun = {"bridge": run.stage.bridge.to_dict(), "data": data}
+                begun |= run.origin.described()
+                claim_workdir(workdir, config, begun)
                 stack.enter_context(only_run(workdir))
+                renew_workdir(workdir, config, begun)
                 _announce(run, workdir)
         _check_shared(workdir)
         stop = stack.enter_context(StopOnSignal())
@@ -121,10 +124,12 @@ def _check_alike(what: str, mine: Mapping) -> None:
 
 
 def _data_identities(run: Run) -> dict[str, str]:
-    """Of every data set; hosts that saw different ones would train on some samples twice and on others never."""
+    """Of every data set; hosts that saw different ones would train on some samples twice and on others never, and so
+    would a run that goes on with others than it began with. Reads all texts."""
     feeds = [*run.data.feeds, *(run.held_out.feeds if run.held_out else ())]
     sources = {id(feed.source): feed for feed in feeds}.values()
-    return {f"{i}: {feed.name}": identity(feed.source) for i, feed in enumerate(sources)}
+    # No name in a key, for in `differences` a dot parts keys.
+    return {str(i): f"{feed.name}: {identity(feed.source)}" for i, feed in enumerate(sources)}
 
 
 def _check_shared(workdir: pathlib.Path) -> None:

@@ -16,6 +16,7 @@ from wemmu_jax.data import storage
 from wemmu_jax.data.formats.parquet import ELEMENTS
 from wemmu_jax.data.index import Entry, Place, Problem
 from wemmu_jax.data.records import Turn
+from wemmu_jax.errors import passes
 
 _CHUNK = 256  # records read at once in a scan
 _ERRORS = (RuntimeError, ValueError, IndexError, OSError)  # of the library
@@ -76,6 +77,8 @@ class ArrayRecord:
             start += sum(header["sizes"][:element])
             return data[start : start + header["sizes"][element]]
         except (*_ERRORS, *_MISFITS) as error:
+            if passes(error):
+                raise
             raise ValueError(f"{path}, record {number}: {error}") from error
 
 

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from wemmu_jax.data import storage
 from wemmu_jax.data.formats.tar import checked_text
 from wemmu_jax.data.index import Entry, Place, Problem, unread
+from wemmu_jax.errors import passes
 
 # A picture inside a row group: `Place.at` is row * ELEMENTS + which of the row's pictures.
 ELEMENTS = 64
@@ -225,7 +226,8 @@ def _naming(where: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OSError(f"{where}: {error}") from error
+        kind = ConnectionError if passes(error) else OSError
+        raise kind(f"{where}: {error}") from error
     except (pa.ArrowException, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
 
