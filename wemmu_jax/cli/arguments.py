@@ -91,3 +91,11 @@ def add_images(parser: argparse.ArgumentParser, *, required: bool) -> None:
     parser.add_argument(
         "--image", dest="images", action="append", default=[], metavar="FILE", required=required
     )
+
+
+def shard(text: str) -> tuple[int, int]:
+    """`2/8`: the third of eight."""
+    number, _, count = text.partition("/")
+    if not (number.isdigit() and count.isdigit() and int(number) < int(count)):
+        raise argparse.ArgumentTypeError(f"expected I/N with I below N, found {text!r}")
+    return int(number), int(count)

@@ -11,7 +11,7 @@ import pathlib
 import sys
 from collections.abc import Callable
 
-from wemmu_jax.cli.arguments import whole
+from wemmu_jax.cli.arguments import shard, whole
 
 ACTIONS = {
     "index": "reads the sets once, so that training opens them at once; again, what changed since",
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             "--out", required=True, type=pathlib.Path, metavar="FILE.html" if file else "DIR"
         )
     for name in ("encode", "caption"):
-        made[name].add_argument("--shard", type=_shard, default=(0, 1), metavar="I/N")
+        made[name].add_argument("--shard", type=shard, default=(0, 1), metavar="I/N")
         made[name].add_argument("--batch", type=whole(1), default=32, help="pictures at a time")
         made[name].add_argument("--threads", type=whole(1), default=os.cpu_count(), metavar="N")
     for name in ("encode", "caption", "show"):
@@ -396,11 +396,3 @@ class _bar:
         if self._bar is None:
             self._bar = tqdm(desc=self._text, total=total, unit="part", disable=None)
         self._bar.update(done - self._bar.n)
-
-
-def _shard(text: str) -> tuple[int, int]:
-    """`2/8`: the third of eight."""
-    number, _, count = text.partition("/")
-    if not (number.isdigit() and count.isdigit() and int(number) < int(count)):
-        raise argparse.ArgumentTypeError(f"expected I/N with I below N, found {text!r}")
-    return int(number), int(count)
