@@ -1,5 +1,6 @@
 """What a run refuses to start in, and to start from; nothing is changed by a run that was refused."""
 
+import contextlib
 import errno
 import json
 import pathlib
@@ -8,9 +9,12 @@ import subprocess
 import sys
 
 import pytest
+from orbax.checkpoint._src.multihost import multihost
+from orbax.checkpoint.experimental.v1._src.synchronization import multihost as v1_multihost
 
 from tests.training.conftest import last_state, write_converted
 from wemmu_jax.files import read_object, write_json
+from wemmu_jax.training import checkpoints, run
 from wemmu_jax.training.checkpoints import Checkpoints, only_run
 from wemmu_jax.training.loop import train
 from wemmu_jax.training.origin import Origin
@@ -167,10 +171,9 @@ def test_storage_that_fails_for_the_moment_damages_no_checkpoint(copy_of_stage1,
     def away(*_, **__):
         raise OSError(errno.EIO, "Input/output error")
 
-    checkpoints = Checkpoints(copy_of_stage1)
-    monkeypatch.setattr(checkpoints._checkpointer, "load_checkpointables", away)
+    monkeypatch.setattr(checkpoints.ocp, "load_checkpointables", away)
     with pytest.raises(OSError, match="Input/output error"):
-        checkpoints.params(6)
+        Checkpoints(copy_of_stage1).params(6)
 
 
 def test_a_checkpoint_that_was_never_finished_is_passed_over(copy_of_stage1):
@@ -211,6 +214,32 @@ def test_the_stage_before_has_moved_on(stage1, stage2, config_of, tmp_path):
         Origin(second)
 
 
+def test_no_process_waits_in_orbax_while_another_may_fail(stage1, config_of, monkeypatch):
+    """One that failed tells so in `exchange`, where no other would ever come from a barrier of Orbax."""
+    checking, checked, waits = [], [], []
+
+    @contextlib.contextmanager
+    def together(what):
+        checking.append(what)
+        yield
+        checking.clear()
+
+    def spied(module):
+        sync = module.sync_global_processes
+        return lambda *a, **k: waits.append(bool(checking)) or sync(*a, **k)
+
+    monkeypatch.setattr(run, "together", together)
+    monkeypatch.setattr(multihost, "sync_global_processes", spied(multihost))
+    monkeypatch.setattr(v1_multihost, "sync_global_processes", spied(v1_multihost))
+    prepare_data = run.prepare_data
+    monkeypatch.setattr(
+        run, "prepare_data", lambda *a: checked.extend(checking) or prepare_data(*a)
+    )
+    prepare(config_of("stage2", stage1[1]))
+    assert checked == ["preparing the run"]
+    assert waits and not any(waits)
+
+
 def test_two_runs_in_one_workdir(copy_of_stage1, stage1, config_of):
     config = config_of("stage1", **EMA)
     with only_run(copy_of_stage1):
@@ -232,7 +261,6 @@ def test_two_runs_in_one_workdir(copy_of_stage1, stage1, config_of):
 def test_sizes_that_the_devices_do_not_divide(config_of, monkeypatch):
     """With the mesh that a run really makes: all devices."""
     from wemmu_jax.sharding.mesh import make_mesh
-    from wemmu_jax.training import run
 
     monkeypatch.setattr(run, "make_mesh", make_mesh)
     with pytest.raises(

@@ -129,20 +129,28 @@ class Checkpoints:
     """The Orbax checkpoints of a workdir; step n is the state after n optimizer steps."""
 
     def __init__(self, workdir: pathlib.Path, *, keep: int | None = None):
-        policies = ocp.training.preservation_policies
+        """`keep`: how many are kept; to write, which all processes begin together. Without it, to read alone."""
         self._folder = (workdir / "checkpoints").absolute()
-        self._checkpointer = ocp.training.Checkpointer(
+        self._checkpointer = None if keep is None else self._open(keep)
+
+    def _open(self, keep: int) -> ocp.training.Checkpointer:
+        """What writes; waits for all processes, and removes what was left half written."""
+        return ocp.training.Checkpointer(
             self._folder,
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=policies.LatestN(keep) if keep else policies.PreserveAll(),
-            cleanup_tmp_directories=keep is not None,
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            cleanup_tmp_directories=True,
         )
 
     @property
     def latest(self) -> int | None:
-        """The last committed step."""
-        found = self._checkpointer.latest
-        return None if found is None else found.step
+        """The last committed step, or, of one that writes, the step that is being written."""
+        if self._checkpointer is not None:
+            found = self._checkpointer.latest
+            return None if found is None else found.step
+        # Orbax would wait for all processes here, one of which may have failed. A step has its name once it is whole.
+        steps = (int(file.name) for file in self._folder.glob("*") if file.name.isdecimal())
+        return max(steps, default=None)
 
     def save(self, state: TrainState) -> None:
         """Writes the state in the background; nothing is written twice."""
@@ -212,7 +220,7 @@ class Checkpoints:
         for name in parts:
             _check_whole(where / name)
         try:
-            return self._checkpointer.load_checkpointables(step, parts)
+            return ocp.load_checkpointables(where, parts)
         except Exception as error:
             if passes(error):
                 raise
@@ -220,7 +228,8 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for what is being written."""
-        self._checkpointer.close()
+        if self._checkpointer is not None:
+            self._checkpointer.close()
 
 
 def _leaf_names(tree: dict) -> set[str]:

@@ -61,9 +61,9 @@ def train(
     """
     workdir = pathlib.Path(workdir)
     _check_alike("configs", json.loads(config.to_json()))
-    with together("preparing the run"):
+    with together("looking at the workdir"):
         check_workdir(workdir, config)
-        run = prepare(config)
+    run = prepare(config)
     _check_alike("weights", run.origin.described())
     if jax.process_count() > 1:  # what it costs is to read all texts
         _check_alike("data sets", _data_identities(run))
@@ -335,7 +335,9 @@ def _look(
     if _due(step, every.sample, steps) and not exchange(path.exists())[0]:
         picture = draw_samples(run, state.ema or state.params, path)
         if picture is None:
-            say(f"step {step:>6}/{steps}  no pictures: every held-out text is too long for a request")
+            say(
+                f"step {step:>6}/{steps}  no pictures: every held-out text is too long for a request"
+            )
         else:
             progress.picture(step, "samples", picture)
 
