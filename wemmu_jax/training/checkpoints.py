@@ -8,9 +8,11 @@ which `run.json` names together with its fingerprint.
 import contextlib
 import fcntl
 import json
+import os
 import pathlib
+import re
 import subprocess
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import jax
 import ml_collections
@@ -24,6 +26,7 @@ from wemmu_jax.training.state import TrainState
 Sharding = Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding | None] | None
 
 PARAMS, EMA, REST = "params", "ema", "optimizer"
+_CHUNK = 1 << 24
 
 
 def check_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
@@ -194,13 +197,8 @@ class Checkpoints:
 
     def _abstract(self, step: int, name: str) -> dict:
         where = self._folder / str(step)
-        _check_whole(where / name)
-        try:
+        with _reading(where, [name]):
             return ocp.pytree_metadata(where, checkpointable_name=name).metadata
-        except Exception as error:
-            if passes(error):
-                raise
-            raise _damaged(where, [name]) from error
 
     def _check_same(self, step: int, name: str, mine: dict) -> None:
         """Raises ValueError if the part has other leaves than `mine`, as that of another version's optimizer has."""
@@ -217,14 +215,8 @@ class Checkpoints:
 
     def _load(self, step: int, parts: dict) -> dict:
         where = self._folder / str(step)
-        for name in parts:
-            _check_whole(where / name)
-        try:
+        with _reading(where, parts):
             return ocp.load_checkpointables(where, parts)
-        except Exception as error:
-            if passes(error):
-                raise
-            raise _damaged(where, parts) from error
 
     def close(self) -> None:
         """Waits for what is being written."""
@@ -247,12 +239,51 @@ def _some(names: set[str]) -> str:
     return f"{min(names)} ({len(names)} leaves)" if names else "nothing"
 
 
-def _damaged(where: pathlib.Path, parts: Iterable[str]) -> ValueError:
-    """Without Orbax's own message, which names everything that it tried, on many lines."""
-    return ValueError(
-        f"checkpoint {where} is damaged: {', '.join(parts)} cannot be read (--debug shows why); remove the "
-        "folder to go on from the checkpoint before"
-    )
+@contextlib.contextmanager
+def _reading(where: pathlib.Path, parts: Iterable[str]) -> Iterator[None]:
+    """For a block in which Orbax reads these parts of a checkpoint.
+
+    Raises:
+      ValueError: a part is not whole, or damaged. Without Orbax's own message, which names everything that it tried,
+        on many lines.
+      OSError, JaxRuntimeError, MemoryError: it may be as good as ever: storage failed for the moment, a process was
+        waited for in vain, the device or the host has no memory left.
+    """
+    for name in parts:
+        _check_whole(where / name)
+    try:
+        yield
+    except Exception as error:
+        if reason := _no_damage(error, [where / name for name in parts]):
+            raise reason  # noqa: B904 one of the error's own causes, mostly
+        raise ValueError(
+            f"checkpoint {where} is damaged: {', '.join(parts)} cannot be read (--debug shows why); remove the "
+            "folder to go on from the checkpoint before"
+        ) from error
+
+
+def _no_damage(error: BaseException, folders: Sequence[pathlib.Path]) -> BaseException | None:
+    """What kept Orbax from reading these folders, if not what is in them."""
+    cause: BaseException | None = error
+    while cause is not None:  # Orbax raises a KeyError over whatever it was
+        if passes(cause) or isinstance(cause, jax.errors.JaxRuntimeError | MemoryError):
+            return cause
+        # What reads the arrays knows no OSError: it raises a ValueError with the number in its text.
+        if found := re.search(r"os_error_code='(\d+)'", str(cause)):
+            number = int(found[1])
+            if passes(told := OSError(number, os.strerror(number), str(folders[0]))):
+                return told
+        cause = cause.__cause__ or cause.__context__
+    # A status without a number; or the storage is away for longer.
+    try:
+        for file in (file for folder in folders for file in folder.rglob("*") if file.is_file()):
+            with file.open("rb") as stream:
+                while stream.read(_CHUNK):
+                    pass
+    except OSError as failed:
+        if passes(failed):
+            return failed
+    return None
 
 
 def _check_whole(folder: pathlib.Path) -> None:
