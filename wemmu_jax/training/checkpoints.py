@@ -12,6 +12,7 @@ import os
 import pathlib
 import re
 import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import jax
@@ -21,6 +22,7 @@ from orbax.checkpoint import v1 as ocp
 import wemmu_jax
 from wemmu_jax.errors import passes
 from wemmu_jax.files import read_object, write_json
+from wemmu_jax.sharding.processes import exchange, is_first, together
 from wemmu_jax.training.state import TrainState
 
 Sharding = Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding | None] | None
@@ -134,14 +136,20 @@ class Checkpoints:
     def __init__(self, workdir: pathlib.Path, *, keep: int | None = None):
         """`keep`: how many are kept; to write, which all processes begin together. Without it, to read alone."""
         self._folder = (workdir / "checkpoints").absolute()
-        self._checkpointer = None if keep is None else self._open(keep)
+        self._keep = keep
+        self._failed = 0  # saves
+        self._saving: ocp.AsyncResponse | None = None
+        self._checkpointer = None if keep is None else self._open()
 
-    def _open(self, keep: int) -> ocp.training.Checkpointer:
+    def _open(self) -> ocp.training.Checkpointer:
         """What writes; waits for all processes, and removes what was left half written."""
+        # Names of their own: where one process failed before a barrier, they would not agree on how often it was used.
+        names = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=f"after_{self._failed}")
         return ocp.training.Checkpointer(
             self._folder,
+            context=ocp.Context(multiprocessing_options=names),
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            preservation_policy=ocp.training.preservation_policies.LatestN(self._keep),
             cleanup_tmp_directories=True,
         )
 
@@ -156,14 +164,48 @@ class Checkpoints:
         return max(steps, default=None)
 
     def save(self, state: TrainState) -> None:
-        """Writes the state in the background; nothing is written twice."""
+        """Writes the state in the background; nothing is written twice. All processes call it alike.
+
+        What became of a save shows at the next one. If it failed, that is said on stderr, and the state of now is
+        written while all wait for it.
+
+        Raises:
+          Exception: of Orbax or of the storage, when that fails too.
+          ValueError, ConnectionError: it failed in another process, see `together`.
+        """
+        failed = self._last_failed()
         step = int(state.step)
         if step == self.latest:
             return
         parts = {PARAMS: state.params, REST: {"opt_state": state.opt_state, "step": state.step}}
         if state.ema is not None:
             parts[EMA] = state.ema
-        self._checkpointer.save_checkpointables_async(step, parts)
+        self._saving = self._checkpointer.save_checkpointables_async(step, parts)
+        if failed:
+            with together(f"saving step {step}"):
+                self._saving.result()
+
+    def _last_failed(self) -> bool:
+        """Waits for the save before; if it failed in any process, all make ready for another."""
+        saving, self._saving = self._saving, None
+        if saving is None:
+            return False
+        error = None
+        try:
+            saving.result()
+        except Exception as found:
+            error = str(found) or type(found).__name__
+        failed = {index: error for index, error in enumerate(exchange(error)) if error is not None}
+        if not failed:
+            return False
+        if is_first():
+            said = "; ".join(f"process {index}: {error}" for index, error in failed.items())
+            print(f"a checkpoint could not be written, so another is: {said}", file=sys.stderr)
+        with contextlib.suppress(Exception):  # the same error once more
+            self._checkpointer.close()
+        self._failed += 1
+        self._checkpointer = self._open()
+        return True
 
     def restore(self, abstract: TrainState) -> TrainState:
         """The latest state, in the shapes, types and shardings of `abstract`."""
