@@ -38,6 +38,7 @@ from wemmu_jax.training.run import Run, describe, prepare
 from wemmu_jax.training.samples import draw_samples
 from wemmu_jax.training.state import TrainState
 from wemmu_jax.training.throughput import ASIDE, Stopwatch, Work, row_work
+from wemmu_jax.training.watchdog import Watchdog
 
 _VISIBLE = 90  # seconds until what one host writes is seen by all; NFS may remember for a minute what was not there
 _TASKS = list(Task)
@@ -76,9 +77,11 @@ def train(
                 _announce(run, workdir)
         _check_shared(workdir)
         stop = stack.enter_context(StopOnSignal())
+        watchdog = stack.enter_context(Watchdog())
         checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints)
         stack.enter_context(contextlib.closing(checkpoints))
         state = _first_state(run, checkpoints)
+        watchdog.moved()
         progress = Progress(
             workdir,
             steps=run.stage.optimizer.steps,
@@ -99,7 +102,7 @@ def train(
         held_out = run.held_out.feeds if run.held_out else ()
         if is_first() and (bad := ledger.note_indexed([*run.data.feeds, *held_out])):
             say(f"{bad} records are left out, see {workdir / 'ledger'}")
-        _run_steps(run, state, checkpoints, progress, ledger, stop, workdir, profiler)
+        _run_steps(run, state, checkpoints, progress, ledger, stop, workdir, profiler, watchdog)
 
 
 def _announce(run: Run, workdir: pathlib.Path) -> None:
@@ -226,6 +229,7 @@ def _run_steps(
     stop: StopOnSignal,
     workdir: pathlib.Path,
     profiler: Profiler | None,
+    watchdog: Watchdog,
 ) -> None:
     start, steps, every = int(state.step), run.stage.optimizer.steps, run.config.every
     workers, threads = run.config.data.workers, run.config.data.threads
@@ -241,6 +245,7 @@ def _run_steps(
     # Also after a resume: a run that was stopped at this step has saved it and not looked at it.
     with progress.stopwatch.timed(ASIDE):
         _look(run, state, start, progress, workdir)
+    watchdog.moved()
     running: collections.deque[_Outcome] = collections.deque()
     try:
         for step in range(start + 1, steps + 1):
@@ -250,21 +255,25 @@ def _run_steps(
             if profiler:
                 profiler.after(step, state)
             running.append(outcome)
+            watchdog.moved()  # dispatched, and what had to be compiled has been
             stopping = stop.after(step)
             save = stopping or _due(step, every.checkpoint, steps)
             # What is saved or looked at has been reported, so that it is known to be good.
             wait = save or any(_due(step, n, steps) for n in (every.validate, every.sample))
             while len(running) > (0 if wait else 1):
                 _report(running.popleft(), progress, ledger, line=every.log)
+                watchdog.moved()
             if save:
                 with progress.stopwatch.timed(ASIDE):
                     checkpoints.save(state)
+                watchdog.moved()
             if stopping:
                 raise InterruptedError(
                     f"stopped at step {step}/{steps}; the same command goes on from here"
                 )
             with progress.stopwatch.timed(ASIDE):
                 _look(run, state, step, progress, workdir)
+            watchdog.moved()
         while running:
             _report(running.popleft(), progress, ledger, line=every.log)
     except BaseException as error:
