@@ -100,7 +100,7 @@ def workdir(converted, tmp_path_factory) -> pathlib.Path:
     trained = {**bridge, "dit": jax.tree.map(lambda leaf: 1.5 * leaf, params["dit"])}
     state = TrainState.create(trained, make_optimizer(stage.optimizer), ema=False)
     claim_workdir(folder, config, origin.described() | {"bridge": stage.bridge.to_dict()})
-    checkpoints = Checkpoints(folder)
+    checkpoints = Checkpoints(folder, keep=2)
     checkpoints.save(state)
     checkpoints.save(state.replace(step=state.step + STEP))
     checkpoints.close()

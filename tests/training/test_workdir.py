@@ -1,5 +1,6 @@
 """What a run refuses to start in, and to start from; nothing is changed by a run that was refused."""
 
+import contextlib
 import errno
 import functools
 import json
@@ -11,6 +12,8 @@ import types
 
 import jax
 import pytest
+from orbax.checkpoint._src.multihost import multihost
+from orbax.checkpoint.experimental.v1._src.synchronization import multihost as v1_multihost
 
 from tests.training.conftest import last_state, write_converted
 from tests.training.test_resume import assert_same_bits
@@ -19,7 +22,7 @@ from wemmu_jax.data.tasks import Task
 from wemmu_jax.files import read_object, write_json
 from wemmu_jax.miniworld.sources import MiniworldSource
 from wemmu_jax.sharding.mesh import make_mesh
-from wemmu_jax.training import loop, run
+from wemmu_jax.training import checkpoints, run
 from wemmu_jax.training.checkpoints import Checkpoints, differences, only_run
 from wemmu_jax.training.loop import train
 from wemmu_jax.training.origin import Origin
@@ -105,7 +108,7 @@ def test_a_data_set_with_a_dot_in_its_name_is_compared_too():
     def sets(size):
         source = MiniworldSource("caption", seed=0, size=size, split="train")
         data = types.SimpleNamespace(feeds=[Feed("cc12m.v2", Task.T2I, source)])
-        return loop._data_identities(types.SimpleNamespace(data=data, held_out=None))
+        return run.data_identities(types.SimpleNamespace(data=data, held_out=None))
 
     [line] = differences(sets(3), sets(4))
     assert "cc12m.v2: 3 records" in line and "cc12m.v2: 4 records" in line
@@ -227,10 +230,9 @@ def test_storage_that_fails_for_the_moment_damages_no_checkpoint(copy_of_stage1,
     def away(*_, **__):
         raise OSError(errno.EIO, "Input/output error")
 
-    checkpoints = Checkpoints(copy_of_stage1)
-    monkeypatch.setattr(checkpoints._checkpointer, "load_checkpointables", away)
+    monkeypatch.setattr(checkpoints.ocp, "load_checkpointables", away)
     with pytest.raises(OSError, match="Input/output error"):
-        checkpoints.params(6)
+        Checkpoints(copy_of_stage1).params(6)
 
 
 def test_a_checkpoint_that_was_never_finished_is_passed_over(copy_of_stage1):
@@ -269,6 +271,32 @@ def test_the_stage_before_has_moved_on(stage1, stage2, config_of, tmp_path):
     (first / "checkpoints/6").rename(first / "checkpoints/9")
     with pytest.raises(FileNotFoundError, match="has no checkpoint 6 any more"):
         Origin(second)
+
+
+def test_no_process_waits_in_orbax_while_another_may_fail(stage1, config_of, monkeypatch):
+    """One that failed tells so in `exchange`, where no other would ever come from a barrier of Orbax."""
+    checking, checked, waits = [], [], []
+
+    @contextlib.contextmanager
+    def together(what):
+        checking.append(what)
+        yield
+        checking.clear()
+
+    def spied(module):
+        sync = module.sync_global_processes
+        return lambda *a, **k: waits.append(bool(checking)) or sync(*a, **k)
+
+    monkeypatch.setattr(run, "together", together)
+    monkeypatch.setattr(multihost, "sync_global_processes", spied(multihost))
+    monkeypatch.setattr(v1_multihost, "sync_global_processes", spied(v1_multihost))
+    prepare_data = run.prepare_data
+    monkeypatch.setattr(
+        run, "prepare_data", lambda *a: checked.extend(checking) or prepare_data(*a)
+    )
+    prepare(config_of("stage2", stage1[1]))
+    assert checked == ["preparing the run"]
+    assert waits and not any(waits)
 
 
 def test_two_runs_in_one_workdir(copy_of_stage1, stage1, config_of):

@@ -131,7 +131,8 @@ def exchange(value: Any) -> list[Any]:
 def together(what: str) -> Iterator[None]:
     """All processes get through the block, or none does: where one fails, the others fail with its message.
 
-    Must not hold a call of `exchange`, which the others would wait in.
+    Must not hold anything that the others would wait in: no call of `exchange`, no program over devices of several
+    processes, nothing of Orbax that writes or reads arrays.
 
     Raises:
       ValueError: another process failed; says which, in `what`, and how.

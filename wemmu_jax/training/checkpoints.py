@@ -8,10 +8,12 @@ which `run.json` names together with its fingerprint.
 import contextlib
 import fcntl
 import json
+import os
 import pathlib
+import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import jax
 import ml_collections
@@ -20,6 +22,7 @@ from orbax.checkpoint import v1 as ocp
 import wemmu_jax
 from wemmu_jax.errors import passes
 from wemmu_jax.files import read_object, write_json
+from wemmu_jax.sharding.processes import exchange, is_first, together
 from wemmu_jax.training.state import TrainState
 
 Sharding = Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding | None] | None
@@ -30,6 +33,7 @@ _MAY_DIFFER = (
     *("mesh.", "data.workers:", "data.threads:", "model.attention:", "model.remat:"),
     *("every.", "keep_checkpoints:"),
 )
+_CHUNK = 1 << 24
 
 
 def check_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
@@ -166,30 +170,78 @@ class Checkpoints:
     """The Orbax checkpoints of a workdir; step n is the state after n optimizer steps."""
 
     def __init__(self, workdir: pathlib.Path, *, keep: int | None = None):
-        policies = ocp.training.preservation_policies
+        """`keep`: how many are kept; to write, which all processes begin together. Without it, to read alone."""
         self._folder = (workdir / "checkpoints").absolute()
-        self._checkpointer = ocp.training.Checkpointer(
+        self._keep = keep
+        self._failed = 0  # saves
+        self._saving: ocp.AsyncResponse | None = None
+        self._checkpointer = None if keep is None else self._open()
+
+    def _open(self) -> ocp.training.Checkpointer:
+        """What writes; waits for all processes, and removes what was left half written."""
+        # Names of their own: where one process failed before a barrier, they would not agree on how often it was used.
+        names = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=f"after_{self._failed}")
+        return ocp.training.Checkpointer(
             self._folder,
+            context=ocp.Context(multiprocessing_options=names),
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=policies.LatestN(keep) if keep else policies.PreserveAll(),
-            cleanup_tmp_directories=keep is not None,
+            preservation_policy=ocp.training.preservation_policies.LatestN(self._keep),
+            cleanup_tmp_directories=True,
         )
 
     @property
     def latest(self) -> int | None:
-        """The last committed step."""
-        found = self._checkpointer.latest
-        return None if found is None else found.step
+        """The last committed step, or, of one that writes, the step that is being written."""
+        if self._checkpointer is not None:
+            found = self._checkpointer.latest
+            return None if found is None else found.step
+        # Orbax would wait for all processes here, one of which may have failed. A step has its name once it is whole.
+        steps = (int(file.name) for file in self._folder.glob("*") if file.name.isdecimal())
+        return max(steps, default=None)
 
     def save(self, state: TrainState) -> None:
-        """Writes the state in the background; nothing is written twice."""
+        """Writes the state in the background; nothing is written twice. All processes call it alike.
+
+        What became of a save shows at the next one. If it failed, that is said on stderr, and the state of now is
+        written while all wait for it.
+
+        Raises:
+          Exception: of Orbax or of the storage, when that fails too.
+          ValueError, ConnectionError: it failed in another process, see `together`.
+        """
+        failed = self._last_failed()
         step = int(state.step)
         if step == self.latest:
             return
         parts = {PARAMS: state.params, REST: {"opt_state": state.opt_state, "step": state.step}}
         if state.ema is not None:
             parts[EMA] = state.ema
-        self._checkpointer.save_checkpointables_async(step, parts)
+        self._saving = self._checkpointer.save_checkpointables_async(step, parts)
+        if failed:
+            with together(f"saving step {step}"):
+                self._saving.result()
+
+    def _last_failed(self) -> bool:
+        """Waits for the save before; if it failed in any process, all make ready for another."""
+        saving, self._saving = self._saving, None
+        if saving is None:
+            return False
+        error = None
+        try:
+            saving.result()
+        except Exception as found:
+            error = str(found) or type(found).__name__
+        failed = {index: error for index, error in enumerate(exchange(error)) if error is not None}
+        if not failed:
+            return False
+        if is_first():
+            said = "; ".join(f"process {index}: {error}" for index, error in failed.items())
+            print(f"a checkpoint could not be written, so another is: {said}", file=sys.stderr)
+        with contextlib.suppress(Exception):  # the same error once more
+            self._checkpointer.close()
+        self._failed += 1
+        self._checkpointer = self._open()
+        return True
 
     def restore(self, abstract: TrainState) -> TrainState:
         """The latest state, in the shapes, types and shardings of `abstract`."""
@@ -223,13 +275,8 @@ class Checkpoints:
 
     def _abstract(self, step: int, name: str) -> dict:
         where = self._folder / str(step)
-        _check_whole(where / name)
-        try:
+        with _reading(where, [name]):
             return ocp.pytree_metadata(where, checkpointable_name=name).metadata
-        except Exception as error:
-            if passes(error):
-                raise
-            raise _damaged(where, [name]) from error
 
     def _check_same(self, step: int, name: str, mine: dict) -> None:
         """Raises ValueError if the part has other leaves than `mine`, as that of another version's optimizer has."""
@@ -246,18 +293,13 @@ class Checkpoints:
 
     def _load(self, step: int, parts: dict) -> dict:
         where = self._folder / str(step)
-        for name in parts:
-            _check_whole(where / name)
-        try:
-            return self._checkpointer.load_checkpointables(step, parts)
-        except Exception as error:
-            if passes(error):
-                raise
-            raise _damaged(where, parts) from error
+        with _reading(where, parts):
+            return ocp.load_checkpointables(where, parts)
 
     def close(self) -> None:
         """Waits for what is being written."""
-        self._checkpointer.close()
+        if self._checkpointer is not None:
+            self._checkpointer.close()
 
 
 def _leaf_names(tree: dict) -> set[str]:
@@ -275,12 +317,51 @@ def _some(names: set[str]) -> str:
     return f"{min(names)} ({len(names)} leaves)" if names else "nothing"
 
 
-def _damaged(where: pathlib.Path, parts: Iterable[str]) -> ValueError:
-    """Without Orbax's own message, which names everything that it tried, on many lines."""
-    return ValueError(
-        f"checkpoint {where} is damaged: {', '.join(parts)} cannot be read (--debug shows why); remove the "
-        "folder to go on from the checkpoint before"
-    )
+@contextlib.contextmanager
+def _reading(where: pathlib.Path, parts: Iterable[str]) -> Iterator[None]:
+    """For a block in which Orbax reads these parts of a checkpoint.
+
+    Raises:
+      ValueError: a part is not whole, or damaged. Without Orbax's own message, which names everything that it tried,
+        on many lines.
+      OSError, JaxRuntimeError, MemoryError: it may be as good as ever: storage failed for the moment, a process was
+        waited for in vain, the device or the host has no memory left.
+    """
+    for name in parts:
+        _check_whole(where / name)
+    try:
+        yield
+    except Exception as error:
+        if reason := _no_damage(error, [where / name for name in parts]):
+            raise reason  # noqa: B904 one of the error's own causes, mostly
+        raise ValueError(
+            f"checkpoint {where} is damaged: {', '.join(parts)} cannot be read (--debug shows why); remove the "
+            "folder to go on from the checkpoint before"
+        ) from error
+
+
+def _no_damage(error: BaseException, folders: Sequence[pathlib.Path]) -> BaseException | None:
+    """What kept Orbax from reading these folders, if not what is in them."""
+    cause: BaseException | None = error
+    while cause is not None:  # Orbax raises a KeyError over whatever it was
+        if passes(cause) or isinstance(cause, jax.errors.JaxRuntimeError | MemoryError):
+            return cause
+        # What reads the arrays knows no OSError: it raises a ValueError with the number in its text.
+        if found := re.search(r"os_error_code='(\d+)'", str(cause)):
+            number = int(found[1])
+            if passes(told := OSError(number, os.strerror(number), str(folders[0]))):
+                return told
+        cause = cause.__cause__ or cause.__context__
+    # A status without a number; or the storage is away for longer.
+    try:
+        for file in (file for folder in folders for file in folder.rglob("*") if file.is_file()):
+            with file.open("rb") as stream:
+                while stream.read(_CHUNK):
+                    pass
+    except OSError as failed:
+        if passes(failed):
+            return failed
+    return None
 
 
 def _check_whole(folder: pathlib.Path) -> None:

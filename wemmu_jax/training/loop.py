@@ -20,7 +20,6 @@ from jax.experimental import multihost_utils
 
 from wemmu_jax.data.ledger import Ledger, TooManyReplaced
 from wemmu_jax.data.pipeline import MicroBatch
-from wemmu_jax.data.records import identity
 from wemmu_jax.data.tasks import Task
 from wemmu_jax.files import write_json
 from wemmu_jax.sharding.processes import exchange, is_first, say, together
@@ -35,10 +34,11 @@ from wemmu_jax.training.checkpoints import (
 )
 from wemmu_jax.training.metrics import Progress, task_means
 from wemmu_jax.training.profile import Profiler
-from wemmu_jax.training.run import Run, describe, prepare
+from wemmu_jax.training.run import Run, data_identities, describe, prepare
 from wemmu_jax.training.samples import draw_samples
 from wemmu_jax.training.state import TrainState
 from wemmu_jax.training.throughput import ASIDE, Stopwatch, Work, row_work
+from wemmu_jax.training.watchdog import Watchdog
 
 _VISIBLE = 90  # seconds until what one host writes is seen by all; NFS may remember for a minute what was not there
 _TASKS = list(Task)
@@ -62,11 +62,11 @@ def train(
     """
     workdir = pathlib.Path(workdir)
     _check_alike("configs", json.loads(config.to_json()))
-    with together("preparing the run"):
+    with together("looking at the workdir"):
         check_workdir(workdir, config)
-        run = prepare(config)
+    run = prepare(config)
     _check_alike("weights", run.origin.described())
-    data = _data_identities(run)
+    data = data_identities(run)
     _check_alike("data sets", data)
     with contextlib.ExitStack() as stack:
         with together("taking the workdir"):
@@ -79,9 +79,11 @@ def train(
                 _announce(run, workdir)
         _check_shared(workdir)
         stop = stack.enter_context(StopOnSignal())
+        watchdog = stack.enter_context(Watchdog())
         checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints)
         stack.enter_context(contextlib.closing(checkpoints))
         state = _first_state(run, checkpoints)
+        watchdog.moved()
         progress = Progress(
             workdir,
             steps=run.stage.optimizer.steps,
@@ -102,7 +104,7 @@ def train(
         held_out = run.held_out.feeds if run.held_out else ()
         if is_first() and (bad := ledger.note_indexed([*run.data.feeds, *held_out])):
             say(f"{bad} records are left out, see {workdir / 'ledger'}")
-        _run_steps(run, state, checkpoints, progress, ledger, stop, workdir, profiler)
+        _run_steps(run, state, checkpoints, progress, ledger, stop, workdir, profiler, watchdog)
 
 
 def _announce(run: Run, workdir: pathlib.Path) -> None:
@@ -121,15 +123,6 @@ def _check_alike(what: str, mine: Mapping) -> None:
                 f"process 0 (there) and process {index} (here) have different {what}:\n  "
                 + "\n  ".join(lines)
             )
-
-
-def _data_identities(run: Run) -> dict[str, str]:
-    """Of every data set; hosts that saw different ones would train on some samples twice and on others never, and so
-    would a run that goes on with others than it began with. Reads all texts."""
-    feeds = [*run.data.feeds, *(run.held_out.feeds if run.held_out else ())]
-    sources = {id(feed.source): feed for feed in feeds}.values()
-    # No name in a key, for in `differences` a dot parts keys.
-    return {str(i): f"{feed.name}: {identity(feed.source)}" for i, feed in enumerate(sources)}
 
 
 def _check_shared(workdir: pathlib.Path) -> None:
@@ -231,6 +224,7 @@ def _run_steps(
     stop: StopOnSignal,
     workdir: pathlib.Path,
     profiler: Profiler | None,
+    watchdog: Watchdog,
 ) -> None:
     start, steps, every = int(state.step), run.stage.optimizer.steps, run.config.every
     workers, threads = run.config.data.workers, run.config.data.threads
@@ -246,6 +240,7 @@ def _run_steps(
     # Also after a resume: a run that was stopped at this step has saved it and not looked at it.
     with progress.stopwatch.timed(ASIDE):
         _look(run, state, start, progress, workdir)
+    watchdog.moved()
     running: collections.deque[_Outcome] = collections.deque()
     try:
         for step in range(start + 1, steps + 1):
@@ -255,21 +250,25 @@ def _run_steps(
             if profiler:
                 profiler.after(step, state)
             running.append(outcome)
+            watchdog.moved()  # dispatched, and what had to be compiled has been
             stopping = stop.after(step)
             save = stopping or _due(step, every.checkpoint, steps)
             # What is saved or looked at has been reported, so that it is known to be good.
             wait = save or any(_due(step, n, steps) for n in (every.validate, every.sample))
             while len(running) > (0 if wait else 1):
                 _report(running.popleft(), progress, ledger, line=every.log)
+                watchdog.moved()
             if save:
                 with progress.stopwatch.timed(ASIDE):
                     checkpoints.save(state)
+                watchdog.moved()
             if stopping:
                 raise InterruptedError(
                     f"stopped at step {step}/{steps}; the same command goes on from here"
                 )
             with progress.stopwatch.timed(ASIDE):
                 _look(run, state, step, progress, workdir)
+            watchdog.moved()
         while running:
             _report(running.popleft(), progress, ledger, line=every.log)
     except BaseException as error:

@@ -14,13 +14,15 @@ from wemmu_jax.conversion.memory import flatten, nest
 from wemmu_jax.data.buckets import Bucket, make_buckets
 from wemmu_jax.data.features import Features
 from wemmu_jax.data.pipeline import MicroBatch, MicroBatches
+from wemmu_jax.data.records import identity
 from wemmu_jax.data.sources import build_feeds
 from wemmu_jax.data.tasks import Task
-from wemmu_jax.models.wemmu.config import WeMMUConfig
+from wemmu_jax.models.wemmu.config import BridgeConfig, WeMMUConfig
 from wemmu_jax.models.wemmu.inputs import RowEncoder
 from wemmu_jax.models.wemmu.modeling import WeMMUModel
 from wemmu_jax.rng import Stream, stream_key
 from wemmu_jax.sharding.mesh import check_heads, check_rows, make_mesh
+from wemmu_jax.sharding.processes import together
 from wemmu_jax.sharding.rules import parameter_shardings
 from wemmu_jax.training.batch import TrainBatch, on_devices, packer, train_batch
 from wemmu_jax.training.checkpoints import code_version, differences
@@ -77,29 +79,38 @@ class Run:
 
 
 def prepare(config: ml_collections.ConfigDict) -> Run:
-    """Loads weights and data sets.
+    """Loads weights and data sets. Of several processes, what one refuses before it loads weights all refuse.
 
     Raises:
       FileNotFoundError: `config.init` names no weights: a run never starts from random backbones.
       ValueError: the config, the weights and the data do not fit each other.
+      ValueError, ConnectionError: another process failed, see `together`.
     """
-    stage = Stage.from_config(config)
-    if not config.init:
-        raise FileNotFoundError(
-            "no weights to start from: give --init a folder of `wemmu convert`, or the workdir of the stage before"
+    with together("preparing the run"):
+        stage = Stage.from_config(config)
+        if not config.init:
+            raise FileNotFoundError(
+                "no weights to start from: give --init a folder of `wemmu convert`, or the workdir of the stage before"
+            )
+        origin = Origin(config.init)
+        if origin.bridge is not None:
+            # Of an earlier version it says less.
+            known = BridgeConfig.from_dict(origin.bridge).to_dict()
+            if other := differences(known, stage.bridge.to_dict()):
+                raise ValueError(
+                    f"{config.init} was trained with another bridge:\n  " + "\n  ".join(other)
+                )
+        model = WeMMUModel(
+            WeMMUConfig.from_folder(origin.backbones_folder, stage.bridge),
+            dtype=stage.dtype,
+            remat=stage.remat,
         )
-    origin = Origin(config.init)
-    if origin.bridge is not None and (other := differences(origin.bridge, stage.bridge.to_dict())):
-        raise ValueError(f"{config.init} was trained with another bridge:\n  " + "\n  ".join(other))
-    model = WeMMUModel(
-        WeMMUConfig.from_folder(origin.backbones_folder, stage.bridge),
-        dtype=stage.dtype,
-        remat=stage.remat,
-    )
-    origin.check(model)
-    mesh = make_mesh(**config.mesh)
-    check_mesh(config, model.config, mesh)
-    encoder, data, held_out = prepare_data(config, origin, model.config)
+        origin.check(model)
+        mesh = make_mesh(**config.mesh)
+        check_mesh(config, model.config, mesh)
+        encoder, data, held_out = prepare_data(config, origin, model.config)
+    # Not in the block: Orbax and programs over the mesh wait for all processes, without an end if one is in
+    # `exchange` by then. One that fails here ends, which ends the others.
     trainable, frozen = _weights(origin, model, stage, mesh)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), trainable)
     trainer = Trainer(model, stage, mesh, abstract)
@@ -162,6 +173,15 @@ def prepare_data(
         return encoder, data, None
     held_out = common(feeds=feeds(fields.held_out), rows=config.validation_rows)
     return encoder, data, held_out
+
+
+def data_identities(run: Run) -> dict[str, str]:
+    """Of every data set; hosts that saw different ones would train on some samples twice and on others never, and so
+    would a run that goes on with others than it began with. Reads all texts."""
+    feeds = [*run.data.feeds, *(run.held_out.feeds if run.held_out else ())]
+    sources = {id(feed.source): feed for feed in feeds}.values()
+    # No name in a key, for in `differences` a dot parts keys.
+    return {str(i): f"{feed.name}: {identity(feed.source)}" for i, feed in enumerate(sources)}
 
 
 def leaf_dtype(path: str, stage: Stage) -> jnp.dtype:
