@@ -93,7 +93,8 @@ for ((attempt = 0; attempt <= ${RESTARTS:-50}; attempt++)); do
   case " $ends" in
     " 0 ")
       for _ in 1 2 3 4 5; do
-        ! "${delete[@]}" || exit 0
+        if "${delete[@]}" 2>"$log" || grep -q NOT_FOUND "$log"; then exit 0; fi
+        cat "$log" >&2
         sleep "${POLL:-60}"
       done
       echo "tpu.sh: done; $NAME cannot be deleted and is still there" >&2

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import types
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,7 +29,7 @@ AWAY = OSError(errno.ESTALE, "Stale file handle", "/data/0.tar")
 def waits(monkeypatch):
     """The seconds that were waited, without waiting."""
     seen = []
-    monkeypatch.setattr(rows.time, "sleep", seen.append)
+    monkeypatch.setattr(rows, "time", types.SimpleNamespace(sleep=seen.append))
     return seen
 
 

@@ -56,7 +56,7 @@ def test_what_was_due_when_the_run_was_stopped_is_done_when_it_goes_on(
     stage1, config_of, tmp_path, monkeypatch
 ):
     """Stopped in its last step, before the validation of that step; and then all is done once and no more."""
-    monkeypatch.setattr(loop, "validate", lambda run, params: {"T2I": 0.5})
+    monkeypatch.setattr(loop, "validate", lambda run, params, moved: {"T2I": 0.5})
     config = config_of("stage1", **{"optimizer.steps": 2, "every.validate": 1})
     watched(config, tmp_path / "run", at_step=stop_at(2))
     assert validated(tmp_path / "run") == [0, 1]

@@ -8,6 +8,8 @@ import contextlib
 import itertools
 import json
 import os
+import pathlib
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,6 +27,7 @@ from wemmu_jax.sharding.meeting import meet
 HEARTBEAT = 100  # seconds until a process that was killed is noticed by the others, which then end
 SHUTDOWN = 60  # seconds that a process, at its end, waits for the others to end
 _EXCHANGE = 3600  # seconds between the first and the last to arrive; weights take long to load
+_VISIBLE = 90  # seconds until what one host writes is seen by all; NFS may remember for a minute what was not there
 _calls = itertools.count()
 
 
@@ -131,8 +134,8 @@ def exchange(value: Any) -> list[Any]:
 def together(what: str) -> Iterator[None]:
     """All processes get through the block, or none does: where one fails, the others fail with its message.
 
-    Must not hold anything that the others would wait in: no call of `exchange`, no program over devices of several
-    processes, nothing of Orbax that writes or reads arrays.
+    Must not hold anything that the others would wait in without a limit: no call of `exchange`, no program over devices
+    of several processes, no arrays that Orbax reads.
 
     Raises:
       ValueError: another process failed; says which, in `what`, and how.
@@ -159,3 +162,22 @@ def on_host(array: jax.Array) -> np.ndarray:
     if array.is_fully_addressable:
         return np.asarray(array)
     return multihost_utils.process_allgather(array, tiled=True)
+
+
+def check_shared(folder: pathlib.Path) -> None:
+    """Raises ValueError, in all processes, if one does not see what the first has just written."""
+    if jax.process_count() == 1:
+        return
+    flag = folder / exchange(f".seen-{time.time_ns()}")[0]
+    if is_first():
+        flag.touch()
+    until = time.monotonic() + _VISIBLE
+    while not (sees := flag.exists()) and time.monotonic() < until:
+        time.sleep(0.5)
+    blind = [str(index) for index, it_sees in enumerate(exchange(sees)) if not it_sees]
+    if is_first():
+        flag.unlink()
+    if blind:
+        raise ValueError(
+            f"{folder} of process 0 is not that of {', '.join(blind)}; it must lie on storage that all hosts share"
+        )

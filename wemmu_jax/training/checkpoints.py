@@ -22,6 +22,7 @@ from orbax.checkpoint import v1 as ocp
 import wemmu_jax
 from wemmu_jax.errors import passes
 from wemmu_jax.files import read_object, write_json
+from wemmu_jax.models.wemmu.config import BridgeConfig
 from wemmu_jax.sharding.processes import exchange, is_first, together
 from wemmu_jax.training.state import TrainState
 
@@ -45,7 +46,7 @@ def check_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> N
     """
     path = workdir / "config.json"
     if path.exists():
-        other = differences(read_object(path), json.loads(config.to_json()))
+        other = differences(_begun_with(path), json.loads(config.to_json()))
         if other := [line for line in other if not line.startswith(_MAY_DIFFER)]:
             raise ValueError(
                 f"{workdir} belongs to another config:\n  " + "\n  ".join(other) + "\n"
@@ -55,6 +56,13 @@ def check_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> N
         raise ValueError(f"{workdir} is a file; expected a folder, or a name that is free")
     elif workdir.exists() and {file.name for file in workdir.iterdir()} - {"run.json"}:
         raise ValueError(f"{workdir} is not empty and is no workdir (it has no config.json)")
+
+
+def _begun_with(path: pathlib.Path) -> dict:
+    """A run's config. What the bridge of an earlier version does not say is as it was then: the default."""
+    config = read_object(path, keys=["model"])
+    config["model"]["bridge"] = BridgeConfig.from_dict(config["model"]["bridge"]).to_dict()
+    return config
 
 
 def claim_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict, run: dict) -> None:
@@ -71,11 +79,12 @@ def claim_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict, run:
     check_workdir(workdir, config)
     if (workdir / "config.json").exists():
         begun = read_object(workdir / "run.json")
+        begun["bridge"] = BridgeConfig.from_dict(begun["bridge"]).to_dict()
         # A run of an earlier version does not say what its data sets held.
         data = differences({"data": run["data"], **begun}["data"], run["data"])
         if other := differences(begun | {"data": {}}, run | {"data": {}}):
             raise ValueError(f"{workdir} started from other weights:\n  " + "\n  ".join(other))
-        if data:
+        if data and Checkpoints(workdir).latest != config.optimizer.steps:
             raise ValueError(
                 f"{workdir}: its data sets held other records when the run began:\n  "
                 + "\n  ".join(data)
@@ -94,7 +103,7 @@ def renew_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict, run:
     """Writes down, and says, what is another than before in a run that goes on, see `check_workdir`; for whoever has
     claimed the workdir and holds its lock."""
     path, mine = workdir / "config.json", json.loads(config.to_json())
-    if other := differences(read_object(path), mine):
+    if other := differences(_begun_with(path), mine):
         print(
             f"{workdir} goes on with another config:\n  "
             + "\n  ".join(other)
@@ -218,6 +227,7 @@ class Checkpoints:
             parts[EMA] = state.ema
         self._saving = self._checkpointer.save_checkpointables_async(step, parts)
         if failed:
+            # Those that wait in Orbax for one that has failed wait no longer than its limit.
             with together(f"saving step {step}"):
                 self._saving.result()
 

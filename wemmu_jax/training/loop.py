@@ -10,8 +10,7 @@ import dataclasses
 import json
 import pathlib
 import signal
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import ml_collections
@@ -22,7 +21,7 @@ from wemmu_jax.data.ledger import Ledger, TooManyReplaced
 from wemmu_jax.data.pipeline import MicroBatch
 from wemmu_jax.data.tasks import Task
 from wemmu_jax.files import write_json
-from wemmu_jax.sharding.processes import exchange, is_first, say, together
+from wemmu_jax.sharding.processes import check_shared, exchange, is_first, say, together
 from wemmu_jax.training.batch import on_every_process
 from wemmu_jax.training.checkpoints import (
     Checkpoints,
@@ -40,7 +39,6 @@ from wemmu_jax.training.state import TrainState
 from wemmu_jax.training.throughput import ASIDE, Stopwatch, Work, row_work
 from wemmu_jax.training.watchdog import Watchdog
 
-_VISIBLE = 90  # seconds until what one host writes is seen by all; NFS may remember for a minute what was not there
 _TASKS = list(Task)
 
 
@@ -66,7 +64,8 @@ def train(
         check_workdir(workdir, config)
     run = prepare(config)
     _check_alike("weights", run.origin.described())
-    data = data_identities(run)
+    with together("reading the data sets"):
+        data = data_identities(run)
     _check_alike("data sets", data)
     with contextlib.ExitStack() as stack:
         with together("taking the workdir"):
@@ -77,7 +76,7 @@ def train(
                 stack.enter_context(only_run(workdir))
                 renew_workdir(workdir, config, begun)
                 _announce(run, workdir)
-        _check_shared(workdir)
+        check_shared(workdir)
         stop = stack.enter_context(StopOnSignal())
         watchdog = stack.enter_context(Watchdog())
         checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints)
@@ -123,25 +122,6 @@ def _check_alike(what: str, mine: Mapping) -> None:
                 f"process 0 (there) and process {index} (here) have different {what}:\n  "
                 + "\n  ".join(lines)
             )
-
-
-def _check_shared(workdir: pathlib.Path) -> None:
-    """Raises ValueError, in all processes, if one does not see what the first has just written."""
-    if jax.process_count() == 1:
-        return
-    flag = workdir / exchange(f".seen-{time.time_ns()}")[0]
-    if is_first():
-        flag.touch()
-    until = time.monotonic() + _VISIBLE
-    while not (sees := flag.exists()) and time.monotonic() < until:
-        time.sleep(0.5)
-    blind = [str(index) for index, it_sees in enumerate(exchange(sees)) if not it_sees]
-    if is_first():
-        flag.unlink()
-    if blind:
-        raise ValueError(
-            f"{workdir} of process 0 is not that of {', '.join(blind)}; it must lie on storage that all hosts share"
-        )
 
 
 def _first_state(run: Run, checkpoints: Checkpoints) -> TrainState:
@@ -239,18 +219,18 @@ def _run_steps(
             ledger.note(held_out)
     # Also after a resume: a run that was stopped at this step has saved it and not looked at it.
     with progress.stopwatch.timed(ASIDE):
-        _look(run, state, start, progress, workdir)
-    watchdog.moved()
+        _look(run, state, start, progress, workdir, watchdog)
     running: collections.deque[_Outcome] = collections.deque()
     try:
         for step in range(start + 1, steps + 1):
             if profiler:
                 profiler.before(step, state)
-            state, outcome = _step(run, state, step, micro_batches, ledger, progress.stopwatch)
+            state, outcome = _step(
+                run, state, step, micro_batches, ledger, progress.stopwatch, watchdog
+            )
             if profiler:
                 profiler.after(step, state)
             running.append(outcome)
-            watchdog.moved()  # dispatched, and what had to be compiled has been
             stopping = stop.after(step)
             save = stopping or _due(step, every.checkpoint, steps)
             # What is saved or looked at has been reported, so that it is known to be good.
@@ -267,8 +247,7 @@ def _run_steps(
                     f"stopped at step {step}/{steps}; the same command goes on from here"
                 )
             with progress.stopwatch.timed(ASIDE):
-                _look(run, state, step, progress, workdir)
-            watchdog.moved()
+                _look(run, state, step, progress, workdir, watchdog)
         while running:
             _report(running.popleft(), progress, ledger, line=every.log)
     except BaseException as error:
@@ -288,6 +267,7 @@ def _step(
     micro_batches: Iterator[MicroBatch],
     ledger: Ledger,
     stopwatch: Stopwatch,
+    watchdog: Watchdog,
 ) -> tuple[TrainState, _Outcome]:
     """Dispatches optimizer step `step`."""
     gradients, parts = run.trainer.zero_gradients(), []
@@ -297,6 +277,7 @@ def _step(
         gradients, losses, plain = run.trainer.accumulate(
             gradients, state.params, run.frozen, run.batch(micro_batch)
         )
+        watchdog.moved()  # dispatched, and what had to be compiled has been
         tasks = np.array([_TASKS.index(task) for task in micro_batch.tasks], np.int32)
         replaced = np.zeros(len(tasks), np.int32)
         replaced[0] = ledger.note(micro_batch)
@@ -315,6 +296,7 @@ def _step(
         )
     losses = [part.losses for part in parts]
     state, norm = run.trainer.update(state, gradients, losses, np.int32(step))
+    watchdog.moved()
     return state, _Outcome(step, parts, norm)
 
 
@@ -323,7 +305,12 @@ def _due(step: int, every: int, steps: int) -> bool:
 
 
 def _look(
-    run: Run, state: TrainState, step: int, progress: Progress, workdir: pathlib.Path
+    run: Run,
+    state: TrainState,
+    step: int,
+    progress: Progress,
+    workdir: pathlib.Path,
+    watchdog: Watchdog,
 ) -> None:
     """Validation losses and sample pictures, when they are due and not there yet."""
     every, steps = run.config.every, run.stage.optimizer.steps
@@ -331,27 +318,30 @@ def _look(
         return
     # What is there already is for the first process to say, so that all do the same.
     if _due(step, every.validate, steps) and not exchange(step in progress.validated)[0]:
-        losses = validate(run, state.ema or state.params)
+        losses = validate(run, state.ema or state.params, watchdog.moved)
         progress.write(step, {f"validation/{task}": loss for task, loss in losses.items()})
         text = "  ".join(f"{task} {loss:.4f}" for task, loss in losses.items())
         say(f"step {step:>6}/{steps}  validation  {text}")
     path = workdir / f"samples/{step:06}.png"
     if _due(step, every.sample, steps) and not exchange(path.exists())[0]:
-        picture = draw_samples(run, state.ema or state.params, path)
+        picture = draw_samples(run, state.ema or state.params, path, watchdog.moved)
         if picture is None:
-            say(
-                f"step {step:>6}/{steps}  no pictures: every held-out text is too long for a request"
-            )
+            say(f"step {step:>6}/{steps}  no pictures: no held-out record makes a request")
         else:
             progress.picture(step, "samples", picture)
 
 
-def validate(run: Run, params: Mapping) -> dict[str, float]:
-    """Flow matching loss of each task on the same held-out samples, times and noise at every call."""
-    return {
-        task: float(np.mean(run.trainer.validate(params, run.frozen, run.batch(micro_batch))))
-        for task, micro_batch in run.validation_batches.items()
-    }
+def validate(
+    run: Run, params: Mapping, moved: Callable[[], object] = lambda: None
+) -> dict[str, float]:
+    """Flow matching loss of each task on the same held-out samples, times and noise at every call. `moved` is told of
+    each."""
+    losses = {}
+    for task, micro_batch in run.validation_batches.items():
+        found = run.trainer.validate(params, run.frozen, run.batch(micro_batch))
+        losses[task] = float(np.mean(found))
+        moved()
+    return losses
 
 
 def _report(outcome: _Outcome, progress: Progress, ledger: Ledger, *, line: int) -> None:

@@ -17,7 +17,7 @@ from wemmu_jax.data.pipeline import MicroBatch, MicroBatches
 from wemmu_jax.data.records import identity
 from wemmu_jax.data.sources import build_feeds
 from wemmu_jax.data.tasks import Task
-from wemmu_jax.models.wemmu.config import BridgeConfig, WeMMUConfig
+from wemmu_jax.models.wemmu.config import WeMMUConfig
 from wemmu_jax.models.wemmu.inputs import RowEncoder
 from wemmu_jax.models.wemmu.modeling import WeMMUModel
 from wemmu_jax.rng import Stream, stream_key
@@ -93,13 +93,11 @@ def prepare(config: ml_collections.ConfigDict) -> Run:
                 "no weights to start from: give --init a folder of `wemmu convert`, or the workdir of the stage before"
             )
         origin = Origin(config.init)
-        if origin.bridge is not None:
-            # Of an earlier version it says less.
-            known = BridgeConfig.from_dict(origin.bridge).to_dict()
-            if other := differences(known, stage.bridge.to_dict()):
-                raise ValueError(
-                    f"{config.init} was trained with another bridge:\n  " + "\n  ".join(other)
-                )
+        bridge = stage.bridge.to_dict()
+        if origin.bridge is not None and (other := differences(origin.bridge, bridge)):
+            raise ValueError(
+                f"{config.init} was trained with another bridge:\n  " + "\n  ".join(other)
+            )
         model = WeMMUModel(
             WeMMUConfig.from_folder(origin.backbones_folder, stage.bridge),
             dtype=stage.dtype,

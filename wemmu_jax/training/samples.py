@@ -1,7 +1,7 @@
 """A grid of sample pictures: for each task a few held-out requests, what was asked for and what the model drew."""
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
@@ -17,9 +17,11 @@ ROWS = 4  # pictures of each task
 STEPS = 20
 
 
-def draw_samples(run, params: Mapping, path: pathlib.Path) -> np.ndarray | None:
+def draw_samples(
+    run, params: Mapping, path: pathlib.Path, moved: Callable[[], object] = lambda: None
+) -> np.ndarray | None:
     """Draws, writes a PNG and returns it, uint8[H, W, 3]: a line for each request: sources, target, drawn. None where
-    all requests are longer than one may be.
+    all requests are longer than one may be. `moved` is told of each line.
 
     Of several processes all draw the same pictures together, each with its shards of the weights; the first writes.
     """
@@ -27,7 +29,7 @@ def draw_samples(run, params: Mapping, path: pathlib.Path) -> np.ndarray | None:
         run.trainer.model, merge(params, run.frozen), run.origin.backbones_folder
     )
     with jax.set_mesh(run.trainer.mesh):  # for the kernels of attention
-        lines = _lines(run, model)
+        lines = _lines(run, model, moved)
     if not lines:
         return None
     width = max(line.shape[1] for line in lines)
@@ -41,15 +43,16 @@ def draw_samples(run, params: Mapping, path: pathlib.Path) -> np.ndarray | None:
     return grid
 
 
-def _lines(run, model: WeMMU) -> list[np.ndarray]:
+def _lines(run, model: WeMMU, moved: Callable[[], object]) -> list[np.ndarray]:
     """A line for each held-out request."""
     side = run.config.data.resolution
     lines = []
     for task in Task:
         if run.held_out.mixture.get(task) and task is not Task.UNCOND:
-            examples = enumerate(run.held_out.examples(task, ROWS))
-            fitting = [(n, one) for n, one in examples if model.requests.rows.fits(one)]
-            lines += [_line(model, one, side, number) for number, one in fitting]
+            for number, example in enumerate(run.held_out.examples(task, ROWS)):
+                if run.encoder.fits(example):
+                    lines.append(_line(model, example, side, number))
+                    moved()
     return lines
 
 

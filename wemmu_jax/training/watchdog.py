@@ -6,8 +6,8 @@ import os
 import sys
 import threading
 
-# Seconds. The longest that a healthy run is silent is a first step: three micro-batches of new shapes and an update,
-# each compiled in up to ten minutes on a slow host. A save to slow storage has twenty, by Orbax's own limit, and as
+# Seconds. The longest that a healthy run is silent is a picture of a new kind: four programs, each compiled in up to
+# ten minutes on a slow host. A save to slow storage has twenty, by Orbax's own limit, and as
 # many again where it makes up for one that failed; exchanges between processes have an hour. Ending a run that was
 # only slow costs little: what it has compiled is kept.
 LIMIT = 3600
@@ -43,6 +43,12 @@ class Watchdog:
                 return
             looks = looks + 1 if moves == self._moves else 0
             moves = self._moves
+        try:
+            self._say()
+        finally:  # also where there is no stderr to write to
+            os._exit(os.EX_TEMPFAIL)
+
+    def _say(self) -> None:
         print(
             f"nothing has come to its end for {self._limit:g} s: this process is stuck, and ends with "
             f"{os.EX_TEMPFAIL}, which asks for the same command again. Where its threads are:",
@@ -50,4 +56,3 @@ class Watchdog:
             flush=True,
         )
         faulthandler.dump_traceback()
-        os._exit(os.EX_TEMPFAIL)
