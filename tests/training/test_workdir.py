@@ -95,7 +95,12 @@ def test_data_that_hold_other_records_by_now(copy_of_stage1, config_of):
     assert len(begun["data"]) > 2 and all(" records, " in one for one in begun["data"].values())
     write_json(file, {**begun, "data": {**begun["data"], "1": "photos: 3 records, abc"}})
     config = config_of("stage1", **EMA)
+    # A run that is finished draws nothing any more.
+    train(config, copy_of_stage1)
+    last = copy_of_stage1 / "checkpoints/6"
+    last.rename(last.with_name("5"))
     text = refused(config, copy_of_stage1, ValueError, "held other records when the run began")
+    last.with_name("5").rename(last)
     assert "1: 'photos: 3 records, abc' there, " in text and text.count(" there, ") == 1
     assert f"--init {copy_of_stage1}" in text and f"take data out of {file}" in text
     # As the run of an earlier version, and whoever did as the message says.
