@@ -69,12 +69,12 @@ _CATEGORIES: dict[str, _Category] = {
     "colour attribution": _Category(
         lambda s: len(s.objects) == 2 and _distinct(s, "shape", "colour"), name_of, "colours"
     ),
-    # Not GenEval's: "a red circle left of a blue square".
-    "position of colours": _Category(
-        lambda s: len(s.objects) == 2 and _distinct(s, "name"), name_of, "relation"
-    ),
 }
-CATEGORIES = tuple(_CATEGORIES)[:6]
+CATEGORIES = tuple(_CATEGORIES)
+# Not GenEval's: "a red circle left of a blue square".
+_CATEGORIES["position of colours"] = _Category(
+    lambda s: len(s.objects) == 2 and _distinct(s, "name"), name_of, "relation"
+)
 
 
 def _requirement(category: str, scene: Scene, related: Related | None) -> Requirement:
