@@ -8,8 +8,8 @@ import threading
 
 # Seconds. The longest that a healthy run is silent is a picture of a new kind: four programs, each compiled in up to
 # ten minutes on a slow host. A save to slow storage has twenty, by Orbax's own limit, and as many again where it makes
-# up for one that failed; exchanges between processes have an hour. Ending a run that was only slow costs little: what it
-# has compiled is kept.
+# up for one that failed; exchanges between processes have an hour. Ending a run that was only slow costs little: what
+# it has compiled is kept.
 LIMIT = 3600
 _LOOKS = 10
 
