@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
     from benchmarks.side_by_side.timing import Result
 
     sizes = PRESETS[args.sizes]
-    names = [name for name in ROWS if args.only in name or name == PEAK]
+    names = [name for name in ROWS if name == PEAK or any(text in name for text in args.only)]
     names = [n for n in names if "stage" not in n or int(n.split()[1]) in sizes.stages]
     shown, about = Table(sizes), {}
     print(shown.head, flush=True)
@@ -132,7 +132,9 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--sizes", choices=sorted(PRESETS), default="cpu")
     parser.add_argument("--small", dest="sizes", action="store_const", const="small")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--only", default="", metavar="TEXT", help="rows whose name has it")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], metavar="TEXT", help="rows whose name has one of them"
+    )
     parser.add_argument("--eager", action="store_true", help="no torch.compile")
     parser.add_argument("--write", type=pathlib.Path, metavar="PAGE.md")
     parser.add_argument("--row", help=argparse.SUPPRESS)

@@ -143,9 +143,10 @@ def _fields(rows: list[dict]) -> dict[str, float]:
 
 def recipe(config: Mapping[str, Any]) -> str:
     """What tells one training from another: a digest of a config as JSON, but for its name, the weights that it starts
-    from and what it says on its way."""
+    from, how its programs are compiled and what it says on its way."""
     told = {"name", "init", "every", "keep_checkpoints"}
     settings = {key: value for key, value in config.items() if key not in told}
+    settings["model"] = {key: value for key, value in config["model"].items() if key != "remat"}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
