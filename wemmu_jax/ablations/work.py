@@ -46,9 +46,8 @@ def train_phase(*, out: str, budget: str, run: str) -> None:
     init = folder / "converted" if start is None else folder / f"runs/{named.at(start)}"
     config.init = str(init.absolute())
     if jax.default_backend() != "cpu":
-        config.model.remat = (
-            "none"  # layers one by one, as on a CPU, take a GPU longer to compile than to run
-        )
+        # Layers written out one by one run fastest on a CPU; a GPU's programs are long to compile even of one of each.
+        config.model.remat = "none"
     log = folder / f"logs/{run}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as said, contextlib.redirect_stdout(said):
