@@ -93,7 +93,8 @@ def test_processes_that_were_given_different_things(config_of, tmp_path):
         assert (
             code == 2 and "process 0 (there) and process 1 (here) have different configs" in error
         )
-        assert "optimizer.learning_rate: 0.001 there, 0.5 here" in error
+        rate = config.optimizer.learning_rate
+        assert f"optimizer.learning_rate: {rate} there, 0.5 here" in error
     assert not own.exists()
     # A workdir that is not on shared storage.
     for code, _, error in ended(start([words, train_words(config, other)], devices=1)):
