@@ -70,6 +70,9 @@ def join(
         if not 0 <= index < count:
             raise ValueError(f"--process must be 0 to {count - 1} of {count}; found {index}")
         meet(coordinator, count=count, index=index, timeout=timeout)
+        # Programs that wait for each other across processes, several of them under way on a CPU's devices, may take the
+        # threads that others wait for, and never end. It is read when the CPU's devices are first asked for.
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
         jax.distributed.initialize(
             coordinator,
             count,
