@@ -157,7 +157,9 @@ def measure(row: Row, *, rounds: int, rungs: Sequence[str] = ("eager", "compiled
     if rounds:
         for name, side in sides.items():
             repeats[name] = 1
-            if not row.apart:  # whose turns begin with a run that is not timed, and to begin one takes long
+            if (
+                not row.apart
+            ):  # whose turns begin with a run that is not timed, and to begin one takes long
                 _turn(side, row)
                 repeats[name] = math.ceil(LEAST / _turn(side, row))
     seconds = {name: [] for name in sides}

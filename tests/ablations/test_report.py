@@ -8,7 +8,7 @@ from PIL import Image
 from configs.ablations import get_config
 from tests.evaluation.test_miniworld import Copier
 from wemmu_jax.ablations.report import report
-from wemmu_jax.ablations.results import Results
+from wemmu_jax.ablations.results import Results, recipe
 from wemmu_jax.ablations.studies import STUDIES, study
 from wemmu_jax.ablations.work import REQUESTS_SEED
 from wemmu_jax.cli.main import FAILED, main
@@ -171,3 +171,12 @@ def test_all_sections_are_written_but_those_that_were_not_run(results, tmp_path,
 def test_a_step_that_ran_twice_counts_once(results):
     run = study("vit", budget=BUDGET).runs[0]
     assert results.curve(run, "train/loss") == ([1, 2, 3], [5.0, 4.0, 3.0])
+
+
+def test_how_programs_are_compiled_is_no_part_of_a_recipe():
+    """A GPU's runs and a CPU's stand in one table, though their layers are scanned or not; others do not."""
+    config = json.loads(get_config("full/noisy/seed0/stage1").to_json())
+    scanned = {**config, "model": {**config["model"], "remat": "none"}}
+    other = {**config, "model": {**config["model"], "dtype": "bfloat16"}}
+    assert config["model"] != scanned["model"] != other["model"]
+    assert recipe(config) == recipe(scanned) != recipe(other)
