@@ -156,10 +156,9 @@ def measure(row: Row, *, rounds: int, rungs: Sequence[str] = ("eager", "compiled
         sides |= dict(zip(("control ours", "control torch"), row.control, strict=True))
     if rounds:
         for name, side in sides.items():
+            # Turns of a row that is apart take long to begin, and begin with a run that is not timed.
             repeats[name] = 1
-            if (
-                not row.apart
-            ):  # whose turns begin with a run that is not timed, and to begin one takes long
+            if not row.apart:
                 _turn(side, row)
                 repeats[name] = math.ceil(LEAST / _turn(side, row))
     seconds = {name: [] for name in sides}
