@@ -1,10 +1,15 @@
 """Model FLOPs by formula against the numbers of the design, which were counted on the reference's modules."""
 
+import math
+
+import jax
+import jax.numpy as jnp
 import pytest
 
 from wemmu_jax.data.buckets import Bucket
 from wemmu_jax.models.wemmu.config import BridgeConfig, Connector, VAEStream, WeMMUConfig
 from wemmu_jax.models.wemmu.published import published_wemmu
+from wemmu_jax.models.wemmu.vae_branch import VAEBranch
 from wemmu_jax.planning import flops
 from wemmu_jax.planning.flops import Learns, sample_flops
 
@@ -116,3 +121,36 @@ def test_buckets_of_a_stage_cost_about_the_same():
     assert wide == pytest.approx(sample(MODEL, S1024, 1), rel=0.05) and wide != sample(
         MODEL, S1024, 1
     )
+
+
+def products(jaxpr) -> int:
+    """FLOPs of all products, those of a scan as often as it runs."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (summed, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            total += 2 * equation.outvars[0].aval.size * math.prod(left[axis] for axis in summed)
+        inner = [
+            one for one in jax.tree.leaves(list(equation.params.values())) if hasattr(one, "eqns")
+        ]
+        total += equation.params.get("length", 1) * sum(map(products, inner))
+    return total
+
+
+@pytest.mark.parametrize("connector", [Connector.LINEAR, Connector.VIT_2, Connector.VIT_6])
+def test_the_branchs_gradient_is_all_products_of_its_own(connector):
+    """Those of the weights and of every layer's input but the latents; the real module's, traced and not run."""
+    model = published_wemmu(BridgeConfig(connector=connector))
+    rows, columns, channels = 5, 7, model.dit.in_channels
+    branch = VAEBranch(connector, TEXT.hidden_size, heads=16, max_grid=8)
+    latents = jax.ShapeDtypeStruct((1, rows, columns, channels), jnp.float32)
+    params = jax.eval_shape(branch.init, jax.random.key(0), latents)
+
+    def loss(params, latents):
+        return jnp.sum(jnp.sin(branch.apply(params, latents)))
+
+    forward = products(jax.make_jaxpr(branch.apply)(params, latents).jaxpr)
+    gradient = products(jax.make_jaxpr(jax.grad(loss))(params, latents).jaxpr)
+    assert flops.branch_flops(model, rows * columns, learns=False) == forward
+    assert flops.branch_flops(model, rows * columns, learns=True) == gradient
