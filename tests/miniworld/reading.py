@@ -107,7 +107,7 @@ def _phrases(text: str) -> list[str]:
 def carry_out_on_two(kind: str, text: str, first: Scene, second: Scene) -> Scene:
     """What a composition's instruction makes of two scenes."""
     if kind == "background":
-        assert re.search(r"background of the second", text)
+        assert re.search(r"background (?:of|in) the second", text)
         return dataclasses.replace(first, background=second.background)
     if kind == "merge":
         return first.add(*second.objects)

@@ -84,90 +84,110 @@ def _exchange(
     return Change(first.exchange(item, new), words, f"{found}: {with_article(new.name)}", named)
 
 
+_LENT = ("{lent} of the second image", "{lent} of the second", "{lent} in the second image")
+_BACKGROUND = (
+    "the background of the second",
+    "the background of the second image",
+    "the background in the second image",
+)
+_SHAPES = (
+    "all shapes of the second image",
+    "all shapes of the second",
+    "the shapes of the second",
+    "the shapes of the second image",
+)
+
 KINDS: dict[str, tuple[Combiner, Phrases]] = {
     "replace": (
         _replace,
-        Phrases(
+        Phrases.crossed(
             (
-                "replace {it} in the first image with {lent} of the second",
-                "replace {it} of the first image with {lent} of the second image",
-                "put {lent} of the second image in place of {it} of the first",
-                "draw the first image with {lent} of the second in place of {it}",
-                "in the first image, change {it} into {lent} of the second image",
-                "change {it} of the first image into {lent} in the second",
+                "in the first image, replace {it} with {end}",
+                "in the first image, change {it} into {end}",
+                "in the first image, put {end} in place of {it}",
+                "in the first image, draw {end} in place of {it}",
+                "change {it} of the first image into {end}",
+                "put {end} in place of {it} of the first image",
+                "draw {end} in place of {it} in the first image",
+                "replace {it} of the first image with {end}",
+                "put {end} in place of {it} in the first image",
+                "draw {end} in place of {it} of the first image",
+                "replace {it} in the first image with {end}",
+                "change {it} in the first image into {end}",
             ),
-            (
-                "in the first image, replace {it} with {lent} of the second image",
-                "draw {lent} of the second image in place of {it} in the first",
-            ),
+            _LENT,
         ),
     ),
     "add": (
         _add,
-        Phrases(
+        Phrases.crossed(
             (
-                "add {lent} of the second image to the first, {at_place}",
-                "add {lent} of the second image {at_place}",
-                "put {lent} of the second image into the first image {at_place}",
-                "put {lent} of the second {at_place} of the first image",
-                "draw the first image and add {lent} of the second {at_place}",
-                "in the first image, draw {lent} of the second image {at_place}",
+                "add {end} {at_place} of the first image",
+                "put {end} {at_place} of the first image",
+                "in the first image, draw {end} {at_place}",
+                "add {end} to the first image, {at_place}",
+                "draw {end} into the first image, {at_place}",
+                "in the first image, add {end} {at_place}",
+                "draw {end} {at_place} of the first image",
+                "put {end} into the first image, {at_place}",
             ),
-            (
-                "add {lent} of the second image {at_place} of the first",
-                "draw {lent} of the second image into the first, {at_place}",
-            ),
+            _LENT,
         ),
     ),
     "recolour": (
         _recolour,
-        Phrases(
+        Phrases.crossed(
             (
-                "paint {it} of the first image in the colour of {lent} in the second",
-                "give {it} in the first image the colour of {lent} of the second image",
-                "in the first image, {it} takes the colour of {lent} in the second",
-                "make {it} of the first image the colour of {lent} of the second",
-                "draw {it} of the first image in the colour of {lent} in the second image",
-                "turn {it} in the first image to the colour of {lent} of the second image",
+                "change {it} of the first image to the colour of {end}",
+                "in the first image, give {it} the colour of {end}",
+                "in the first image, paint {it} in the colour of {end}",
+                "in the first image, make {it} the colour of {end}",
+                "paint {it} of the first image in the colour of {end}",
+                "in the first image, change {it} to the colour of {end}",
+                "make {it} of the first image the colour of {end}",
+                "turn {it} of the first image to the colour of {end}",
+                "give {it} of the first image the colour of {end}",
+                "in the first image, draw {it} in the colour of {end}",
+                "draw {it} of the first image in the colour of {end}",
+                "in the first image, turn {it} to the colour of {end}",
             ),
-            (
-                "change {it} of the first image to the colour of {lent} in the second",
-                "in the first image, paint {it} in the colour of {lent} of the second",
-            ),
+            _LENT,
         ),
     ),
     "background": (
         _background,
-        Phrases(
+        Phrases.crossed(
             (
-                "give the first image the background of the second",
-                "the first image takes the background of the second image",
-                "put all shapes of the first image on the background of the second image",
-                "put the background of the second image into the first image",
-                "draw the first image with the background of the second",
-                "change the background of the first image to the background of the second",
+                "draw all shapes of the first image on {end}",
+                "change the background of the first image to {end}",
+                "in the first image, replace the background with {end}",
+                "replace the background of the first image with {end}",
+                "give the first image {end}",
+                "put the shapes of the first image on {end}",
+                "draw the first image with {end}",
+                "in the first image, change the background to {end}",
+                "put all shapes of the first image on {end}",
+                "draw the shapes of the first image on {end}",
+                "put {end} into the first image",
+                "make the background of the first image {end}",
             ),
-            (
-                "draw all shapes of the first image on the background of the second",
-                "replace the background of the first image with the background of the second image",
-            ),
+            _BACKGROUND,
         ),
     ),
     "merge": (
         _merge,
-        Phrases(
+        Phrases.crossed(
             (
-                "put all shapes of both images on the background of the first",
-                "put the shapes of both images into the first image",
-                "add all shapes of the second image to the first",
-                "give the first image all shapes of the second image",
-                "draw the shapes of both images on the background of the first image",
-                "draw all shapes of the second image into the first image",
+                "draw {end} into the first image",
+                "put {end} into the first image",
+                "in the first image, draw {end}",
+                "give the first image {end}",
+                "in the first image, add {end}",
+                "add {end} to the first image",
+                "draw the first image with {end}",
+                "draw the first image and add {end}",
             ),
-            (
-                "put the shapes of the second image into the first image",
-                "add the shapes of the second image to the first image",
-            ),
+            _SHAPES,
         ),
     ),
 }

@@ -5,7 +5,7 @@ background. Each wording belongs to training or is held out, and held-out ones u
 """
 
 import collections
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +20,17 @@ class Phrases(NamedTuple):
 
     train: tuple[str, ...]
     held_out: tuple[str, ...]
+
+    @classmethod
+    def crossed(cls, frames: Sequence[str], ends: Sequence[str]) -> "Phrases":
+        """Every frame with every end in place of its `{end}`. A quarter is held out, so that training knows all frames,
+        of which there is a multiple of four, and all ends, but of each frame not with all of them."""
+        split: tuple[list[str], list[str]] = [], []
+        for row, frame in enumerate(frames):
+            for column, end in enumerate(ends):
+                held_out = (row + column) % 4 == 0
+                split[held_out].append(frame.replace("{end}", end))
+        return cls(*map(tuple, split))
 
     def draw(self, rng: np.random.Generator, split: Split) -> str:
         """One wording of `split`."""
