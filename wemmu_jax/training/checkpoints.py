@@ -188,11 +188,12 @@ class Checkpoints:
 
     def _open(self) -> ocp.training.Checkpointer:
         """What writes; waits for all processes, and removes what was left half written."""
+        context = ocp.Context()
         # Names of their own: where one process failed before a barrier, they would not agree on how often it was used.
-        names = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=f"after_{self._failed}")
+        context.multiprocessing.barrier_sync_key_prefix = f"after_{self._failed}"
         return ocp.training.Checkpointer(
             self._folder,
-            context=ocp.Context(multiprocessing_options=names),
+            context=context,
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=ocp.training.preservation_policies.LatestN(self._keep),
             cleanup_tmp_directories=True,
