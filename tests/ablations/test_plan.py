@@ -57,6 +57,19 @@ def test_a_run_is_graded_in_all_that_any_study_asks():
     assert "M-Edit" in every["grade/noisy/seed0/stage4"].arguments["tasks"]
 
 
+def test_other_weights_are_other_backbones_and_another_card_is_not(tmp_path):
+    def made_from(card: str, weights: str) -> str:
+        for name, text in (("README.md", card), ("vlm/model.safetensors", weights)):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text(text)
+        place = {"out": tmp_path / "out", "backbones": tmp_path}
+        return jobs(["queries"], budget="smoke", **place)[0].made_from
+
+    first = made_from("a card", "weights")
+    assert made_from("another card", "weights") == first
+    assert made_from("a card", "other weights") != first
+
+
 def test_some_runs_of_a_study_and_what_they_need():
     some = jobs(["queries"], budget="full", only="noisy/seed[12]/*", **PLACE)
     trained = [job.name for job in some if job.name.startswith("train/")]

@@ -84,9 +84,10 @@ def jobs(
 
 
 def _content(folder: pathlib.Path) -> str:
-    """A digest of all files below."""
+    """A digest of what is converted; a card beside it may be written anew."""
     digest = hashlib.sha256()
-    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+    files = [file for part in ("vlm", "sana") for file in (folder / part).rglob("*")]
+    for file in sorted(file for file in files if file.is_file()):
         digest.update(f"{file.relative_to(folder)}: {sha256_of(file)}\n".encode())
     return digest.hexdigest()
 

@@ -18,7 +18,7 @@ _HEAD = """# Tiny backbones of WeMMU in JAX
 A Qwen2.5-VL, a Sana DiT and a DC-AE small enough to train on two cores, in the layout of their Hugging Face originals.
 They know miniworld, drawn scenes of coloured shapes, and nothing else. Weights are bfloat16 and were scored as such, on
 scenes and wordings that training never saw. The DiT was scored behind a small reader of captions, which learned with it
-and is not here. This page is written by `wemmu miniworld pretrain`.
+and is not here. This page is written by `wemmu miniworld pretrain`, which also wants `--out` and `--workdir`.
 
 | backbone | parameters | command | samples | time | hardware | version | scores |
 |---|---|---|---|---|---|---|---|
