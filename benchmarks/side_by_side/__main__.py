@@ -110,6 +110,10 @@ def main(argv: list[str] | None = None) -> int:
     sizes = PRESETS[args.sizes]
     names = [name for name in ROWS if name == PEAK or any(text in name for text in args.only)]
     names = [n for n in names if "stage" not in n or int(n.split()[1]) in sizes.stages]
+    if names == [PEAK] and not any(text in PEAK for text in args.only):
+        raise SystemExit(
+            f"--only {' '.join(args.only)}: no row of --sizes {args.sizes} has such a name"
+        )
     shown, about = Table(sizes), {}
     print(shown.head, flush=True)
     for name in names:

@@ -117,7 +117,7 @@ def _drawing_flops(pair: Pair, lengths: list[int], sources: bool) -> float:
     total += sizes.solver_steps * len(lengths) * flops.dit_flops(config.dit, side**2, tokens)
     for length in lengths:
         total += sum(flops.prefill_flops(text, length))
-        total += flops.expert_flops(text, tokens, length)
+        total += sum(flops.expert_flops(text, tokens, length))
         total += flops.position_mlp_flops(config, tokens)
     if sources:
         total += (len(lengths) - 1) * flops.vision_flops(config.vlm.vision, tokens)

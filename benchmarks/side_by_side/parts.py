@@ -266,7 +266,7 @@ def expert(pair: Pair, *, backward: bool) -> Row:
 
     if backward:
         pair.expert.requires_grad_(True)
-    cost = flops.expert_flops(config, queries, context)
+    cost = sum(flops.expert_flops(config, queries, context))
     return Row(
         ours=Side(lambda: program(params, x, key_values)),
         theirs=rungs(pair, pair.expert, gradient if backward else theirs),

@@ -287,6 +287,13 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert "| 0.00 |" in text  # of so much
 
 
+@pytest.mark.parametrize("words", [["cpu", "--only", "DC-EA"], ["gpu-512", "--only", "stage 2"]])
+def test_a_row_that_is_not_there(words):
+    """Nor may a page's table be replaced by one without rows."""
+    with pytest.raises(SystemExit, match=f"no row of --sizes {words[0]} has such a name"):
+        command.main(["--sizes", *words, "--write", "none.md"])
+
+
 def test_a_device_that_is_not_there():
     command.check_device("cpu", "cpu", False)
     command.check_device("cuda", "gpu", True)

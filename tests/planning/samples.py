@@ -1,4 +1,4 @@
-"""The programs in `samples/`, which `make_samples.py` compiled for four chips of a v5p, and what is known of them."""
+"""A stage, and the programs in `samples/`, which `make_samples.py` compiled for four chips of a v5p."""
 
 import functools
 import pathlib
@@ -8,6 +8,7 @@ import numpy as np
 from wemmu_jax.planning.chips import CHIPS
 from wemmu_jax.planning.predict import Predictor
 from wemmu_jax.planning.program import Region, read_program
+from wemmu_jax.planning.programs import Setting
 from wemmu_jax.planning.torus import Torus
 
 V5P = CHIPS["TPU v5"]
@@ -37,3 +38,8 @@ def torus(*sides: int, cores: int = 1, slices: int = 1) -> Torus:
 def predictor() -> Predictor:
     """Of the four chips."""
     return Predictor(torus(2, 2))
+
+
+def setting(stage: str = "stage1", **overrides) -> Setting:
+    """A stage of the paper on eight chips."""
+    return Setting.of(f"configs/wemmu_3b.py:{stage}", overrides, topology="v5e:2x4")

@@ -36,10 +36,10 @@ def near(value: float):
         (sum(flops.prefill_flops(TEXT, 128 + 2 * 324)), 4.40),
         (sum(flops.prefill_flops(TEXT, 128 + 1369)), 8.64),
         (sum(flops.prefill_flops(TEXT, 128 + 2 * 1369)), 17.1),
-        (flops.expert_flops(TEXT, 324, 128), 1.84),
-        (flops.expert_flops(TEXT, 324, 128 + 2 * 324), 1.90),
-        (flops.expert_flops(TEXT, 1369, 128), 8.20),
-        (flops.expert_flops(TEXT, 1369, 128 + 2 * 1369), 9.31),
+        (sum(flops.expert_flops(TEXT, 324, 128)), 1.84),
+        (sum(flops.expert_flops(TEXT, 324, 128 + 2 * 324)), 1.90),
+        (sum(flops.expert_flops(TEXT, 1369, 128)), 8.20),
+        (sum(flops.expert_flops(TEXT, 1369, 128 + 2 * 1369)), 9.31),
         (flops.position_mlp_flops(MODEL, 324), 0.068),
         (flops.position_mlp_flops(MODEL, 1369), 0.287),
         (flops.dit_flops(MODEL.dit, 256, 324), 0.848),
@@ -102,6 +102,23 @@ def test_parts_are_the_real_ones_and_grow_with_sources():
     one, two = (sample_flops(MODEL, S1024, arity=n, text=128, learns=learns) for n in (1, 2))
     assert two["ViT"] == 2 * one["ViT"] and two["DiT"] == one["DiT"]
     assert two["LLM prefill"] > one["LLM prefill"] and two["expert"] > one["expert"]
+
+
+def test_what_is_frozen_has_no_gradients_of_its_weights():
+    """Queries alone learn: through all else gradients pass. The ViT learns: the prompt's gradients lead to it."""
+    queries = Learns(dit=False, branch=False, expert=False, position_mlp=False)
+    cases = (Learns(dit=True, branch=False), queries, Learns(dit=True, branch=False, vision=True))
+    usual, frozen, seeing = (
+        sample_flops(NO_VAE, S1024, arity=1, text=128, learns=learns) for learns in cases
+    )
+    weights, seen = flops.expert_flops(TEXT, 1369, 128 + 1369)
+    assert usual["expert"] - frozen["expert"] == weights and frozen["expert"] > 3 * seen
+    assert 3 * frozen["Position MLP"] == 2 * usual["Position MLP"]
+    assert 3 * frozen["DiT"] == 2 * usual["DiT"]
+    assert seeing["ViT"] == 3 * usual["ViT"]
+    linear, attention = flops.prefill_flops(TEXT, 128 + 1369)
+    more = seeing["LLM prefill"] - usual["LLM prefill"]
+    assert more == pytest.approx((linear + 2 * attention) * 1369 / (128 + 1369))
 
 
 def test_draws_are_the_dits_alone_and_share_a_condition():

@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import json
-import math
 from fractions import Fraction
 from unittest import mock
 
@@ -14,34 +13,20 @@ import PIL.Image
 import pytest
 
 from configs.wemmu_3b import STAGES
-from tests.planning.golden import CASES
-from tests.planning.samples import program, torus
+from tests.planning.samples import program, setting, torus
 from wemmu_jax.data.pools import Pool
 from wemmu_jax.data.schedule import SPAN, Schedule
 from wemmu_jax.data.tasks import Task
 from wemmu_jax.planning import memory, programs
-from wemmu_jax.planning.chips import CHIPS, GIB, chip_of
-from wemmu_jax.planning.plan import DoesNotFit, branches, plan_stage
+from wemmu_jax.planning.chips import GIB
+from wemmu_jax.planning.plan import branches, plan_stage
 from wemmu_jax.planning.predict import Predictor, Times
-from wemmu_jax.planning.programs import Compiled, Key, Library, Setting, compile_program
-from wemmu_jax.planning.search import POLICIES, search
+from wemmu_jax.planning.programs import Compiled, Key, Library, Setting
 from wemmu_jax.planning.shapes import model_flops, shares, squarest
 from wemmu_jax.planning.table import table
 from wemmu_jax.training.curriculum import load_config
 
-
-@pytest.fixture(autouse=True)
-def cpu_for_tpu(monkeypatch):
-    """Eight CPU devices for those of a v5e."""
-    monkeypatch.setattr(programs, "topology_devices", lambda name, slices: jax.devices())
-    monkeypatch.setattr("wemmu_jax.planning.plan.chip_of", lambda device: CHIPS["TPU v5 lite"])
-    monkeypatch.setattr(
-        "wemmu_jax.planning.plan.Torus.of", lambda devices, chip: torus(2, 2, cores=2)
-    )
-
-
-def setting(stage: str = "stage1", **overrides) -> Setting:
-    return Setting.of(f"configs/wemmu_3b.py:{stage}", overrides, topology="v5e:2x4")
+pytestmark = pytest.mark.usefixtures("cpu_for_tpu")
 
 
 # -- shapes
@@ -180,120 +165,15 @@ def test_a_damaged_file_is_named(tmp_path):
         library.get("a")
 
 
-def test_the_compilers_complaint_is_kept():
-    class TooLarge:
-        def compile(self, compiler_options):
-            raise jax.errors.JaxRuntimeError(
-                "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
-                "(400.00G) exceeds available HBM (95.74G).\nMore."
-            )
-
-    found = compile_program(TooLarge(), draft=False)
-    assert found.memory["temporaries"] == 400 * GIB and "95.74G" in found.too_large
+def test_a_program_of_other_flags_is_another(monkeypatch):
+    lowered = jax.jit(jnp.sin).lower(jnp.zeros(3))
+    before = setting().fingerprint(lowered)
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_scoped_vmem_limit_kib=65536")
+    assert setting().fingerprint(lowered) != before
 
 
-# -- what does not fit
-
-
-def told(tmp_path, stage: str, **overrides) -> str:
-    with pytest.raises(ValueError) as error:
-        plan_stage(setting(stage, **overrides), Library(tmp_path))
-    return str(error.value)
-
-
-def test_a_mesh_that_does_not_divide_the_devices(tmp_path):
-    said = told(tmp_path, "stage1", **{"mesh.fsdp": 3})
-    assert said == "mesh.fsdp=3 does not divide 8 devices (cpu); possible: [1, 2, 4, 8]"
-
-
-def test_rows_that_the_mesh_does_not_divide(tmp_path):
-    said = told(tmp_path, "stage1", **{"batch.rows": 12})
-    assert "batch.rows=12 does not divide over 8 devices" in said and "[8, 16]" in said
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_golden_cases_can_be_planned(name):
-    """What is to be planned is a batch that its devices divide, and the paper's."""
-    case = CASES[name]
-    chips = math.prod(map(int, case.topology.partition(":")[2].split("x")))
-    config = case.setting.config
-    assert config.batch.rows % chips == 0
-    paper = load_config(f"configs/wemmu_3b.py:{case.stage}").batch
-    assert config.batch.rows * config.batch.micro_batches == paper.rows * paper.micro_batches
-
-
-def test_held_out_rows_that_the_mesh_does_not_divide(tmp_path):
-    """As `wemmu train` says it, once there is something to validate on."""
-    held_out = {"data.held_out": ("none.yaml",), "validation_rows": 12}
-    said = told(tmp_path, "stage1", **held_out)
-    assert "validation_rows=12 does not divide over 8 devices" in said and "[8, 16]" in said
-
-
-def test_weights_that_do_not_fit(tmp_path):
-    said = told(tmp_path, "stage2", **{"mesh.fsdp": 2})
-    assert "stage2 does not fit v5e:2x4: what lies there all the time needs" in said
-    assert "mesh.fsdp=8 would leave room" in said
-    assert "of 15.75" in said
-
-
-def too_large(library, setting, keys, processes):
-    complaint = {"temporaries": 20 * GIB, "outputs": 0, "aliased": 0}
-    return {key: Compiled("", 1.0, complaint, "RESOURCE_EXHAUSTED") for key in keys}
-
-
-def test_a_program_that_does_not_fit(tmp_path, monkeypatch):
-    monkeypatch.setattr(Library, "compile", too_large)
-    said = told(tmp_path, "stage1", **{"batch.rows": 32, "mesh.fsdp": 8})
-    assert "accumulate, 0 sources, 512x512: the program needs 20.0 GiB a device of 15.75" in said
-    assert "about batch.rows=8 would" in said
-
-
-def test_nothing_that_search_tries_fits(tmp_path, monkeypatch):
-    monkeypatch.setattr(Library, "compile", too_large)
-    lines = []
-    with pytest.raises(DoesNotFit, match="no setting that was tried fits v5e:2x4"):
-        search(setting(**{"mesh.fsdp": 4}), Library(tmp_path), say=lines.append)
-    rows = [line.partition(",")[0] for line in lines]
-    assert rows[:2] == ["rows=768", "rows=576"] and rows[-2:] == ["rows=8", "rows=8"]
-    assert "fsdp=8" in lines[-1] and len(lines) % len(POLICIES) == 0
-
-
-@dataclasses.dataclass
-class Predicted:
-    """What `search` reads of a plan."""
-
-    times: Times
-    spare: float
-
-
-def test_search_finds_the_fastest_that_fits(monkeypatch):
-    """Many rows are fast and take memory, fsdp=2 is best, and remat "dots" is faster than "full"."""
-    costs = {"dots": (1.1, 4), "named": (1.15, 2), "offload": (1.3, 0), "none": (1.0, 100)}
-
-    def plan(of, library, processes):
-        rows, fsdp, remat = of.config.batch.rows, of.config.mesh.fsdp, of.config.model.remat
-        assert rows * of.config.batch.micro_batches == 2304
-        slow, kept = costs.get(remat, (1.2, 1))
-        seconds = slow * (1 + 1 / rows + abs(fsdp - 2) / 10)
-        if remat == "none":
-            raise DoesNotFit("the compiler says no")
-        return Predicted(Times(raw_overlapped=seconds), spare=1000 - rows * kept)
-
-    monkeypatch.setattr("wemmu_jax.planning.search.plan_stage", plan)
-    lines = []
-    best, found = search(setting(), None, say=lines.append)
-    assert (best.config.batch.rows, best.config.mesh.fsdp, best.config.model.remat) == (
-        192,
-        2,
-        "dots",
-    )
-    assert found.spare >= 0
-    assert len(lines) == len(set(lines)), "a setting was tried twice"
-
-
-def test_a_chip_of_which_nothing_is_known():
-    with pytest.raises(ValueError, match="nothing is known of the speed of 'cpu'"):
-        chip_of(jax.devices()[0])
+def test_the_longest_texts_are_planned():
+    assert setting(**{"data.text_lengths": (128, 512)}).text_length == 512
 
 
 # -- a plan from programs that are not the model's
@@ -312,7 +192,7 @@ def plan(tmp_path, monkeypatch):
         "wemmu_jax.planning.plan.read_program", lambda text, taken: program("loops")
     )
     return lambda draft=False, **changed: plan_stage(
-        dataclasses.replace(setting("stage4", **{"mesh.fsdp": 8}, **changed), draft=draft),
+        dataclasses.replace(setting("stage4", **{"mesh.fsdp": 8, **changed}), draft=draft),
         Library(tmp_path),
     )
 
@@ -389,6 +269,11 @@ def test_bytes_a_device_are_those_of_its_shards():
     trainable = memory.bytes_a_chip(run.trainable)
     whole = sum(leaf.size * 4 for leaf in jax.tree.leaves(run.trainable))
     assert whole / 4 < trainable < 1.01 * whole / 4
+
+
+def test_rows_a_device_are_those_of_its_part_of_the_batch(plan):
+    said = table(plan(**{"batch.rows": 64, "mesh.tensor": 2, "mesh.fsdp": 4}))
+    assert "x 64 rows" in said and ", 16 rows a device" in said
 
 
 def test_stages_that_differ_in_the_seed_alone_share_programs():

@@ -45,6 +45,26 @@ def test_a_loop_that_no_constant_ends_is_an_error():
         read_program(changed, lambda op_name, count: (0, 1))
 
 
+def test_a_loop_that_begins_behind_a_barrier():
+    """XLA may keep the values of a loop together before it; what it cannot be followed through is an error."""
+    for opcode in ("opt-barrier", "custom-call"):
+        begins = re.compile(r"^( *)(%[\w.\-]+) = (.*) while\((%[\w.\-]+)\)", re.MULTILINE)
+        behind = rf"\1\2.b = \3 {opcode}(\4)\n\1\2 = \3 while(\2.b)"
+        module = parse(begins.sub(behind, text("loops")))
+        [(scope, loop), *_] = loops_of(module)
+        if opcode == "opt-barrier":
+            assert trip_count(module, scope, loop) in (OUTER, INNER)
+        else:
+            with pytest.raises(ValueError, match="custom-call is no tuple"):
+                trip_count(module, scope, loop)
+
+
+def test_a_collective_of_another_kind_is_an_error():
+    changed = re.sub(r" all-gather(-start|-done)?\(", r" collective-broadcast\1(", text("loops"))
+    with pytest.raises(ValueError, match=r"collective-broadcast.*nothing is known"):
+        read_program(changed, lambda op_name, count: (0, 1))
+
+
 def test_products_of_nested_loops_and_of_the_branch_taken():
     """Forward, and gradients of inputs and of weights: three products a layer, three more in the true branch."""
     loops, branch = 3 * LAYERS * LAYER_FLOPS, 3 * LAYER_FLOPS

@@ -9,7 +9,7 @@ import pytest
 
 from tests.training.conftest import watched
 from wemmu_jax.data.buckets import Bucket
-from wemmu_jax.models.wemmu.config import BridgeConfig, VAEStream
+from wemmu_jax.models.wemmu.config import BridgeConfig, Connector, Pathway, VAEStream
 from wemmu_jax.models.wemmu.published import published_wemmu
 from wemmu_jax.planning.chips import CHIPS, peak_flops
 from wemmu_jax.planning.flops import Learns, sample_flops
@@ -94,7 +94,9 @@ def test_peaks():
     assert peak_flops("TPU v5") == 459e12
     assert peak_flops("NVIDIA H100 80GB HBM3") == peak_flops("NVIDIA H200") == 989.5e12
     assert peak_flops("NVIDIA H100 PCIe") < peak_flops("NVIDIA H100 80GB HBM3")
+    assert peak_flops("NVIDIA H200 NVL") < peak_flops("NVIDIA H200")
     assert peak_flops("cpu") is None
+    assert peak_flops("NVIDIA H100 80GB HBM3 MIG 1g.10gb") is None
 
 
 def test_work_of_rows_without_their_padding():
@@ -118,6 +120,14 @@ def test_work_of_sources_and_of_cached_latents():
     assert saved == pytest.approx(parts["DC-AE encode"] / 1e12, rel=1e-4)
     beside = published_wemmu(BridgeConfig(vae_stream=VAEStream.EXPERT))
     assert row_work(beside, LEARNS, micro_batch([50 + GRID], arity=1))["tokens"] == prompt + GRID
+
+
+def test_tokens_that_no_layer_reads_are_not_counted():
+    no_vae = BridgeConfig(vae_stream=VAEStream.EXPERT, connector=Connector.NONE)
+    straight = BridgeConfig(pathway=Pathway.VIT, connector=Connector.NONE)
+    for bridge, tokens in ((no_vae, 50 + 2 * GRID), (straight, GRID)):
+        found = row_work(published_wemmu(bridge), LEARNS, micro_batch([50 + GRID], arity=1))
+        assert found["tokens"] == tokens
 
 
 def test_a_profiled_run_says_where_its_trace_lies(config_of, tmp_path, capsys, monkeypatch):

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--text-length",
         type=whole(1),
         metavar="L",
-        help="tokens that texts are padded to (default: the config's shortest)",
+        help="tokens that texts are padded to (default: the longest of the config's)",
     )
     parser.add_argument(
         "--all-shapes",

@@ -68,14 +68,19 @@ def chip_of(device: jax.Device) -> Chip:
 _GPU_PEAKS = {
     "NVIDIA A100": 312e12,
     "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
     "NVIDIA H100": 989.5e12,
+    "NVIDIA H200 NVL": 835e12,
     "NVIDIA H200": 989.5e12,
     "NVIDIA B200": 2250e12,
 }
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """bfloat16 FLOP/s that a device can do at most; None where nobody says, as of CPUs."""
+    """bfloat16 FLOP/s that a device can do at most; None where nobody says, as of CPUs and of
+    parts of a GPU (MIG)."""
     if device_kind in CHIPS:
         return CHIPS[device_kind].peak
+    if " MIG " in device_kind:
+        return None
     return next((peak for kind, peak in _GPU_PEAKS.items() if device_kind.startswith(kind)), None)

@@ -9,6 +9,8 @@ import numpy as np
 
 from wemmu_jax.planning.hlo import Computation, Instruction, Module
 
+# Up to the next attribute; the order of a mesh's devices is still a part of this one.
+_TAKE_PART = r"(?:replica_groups|source_target_pairs)=(.*?)(?:, (?!device_ids=)\w+=|$)"
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 
@@ -42,11 +44,19 @@ class Collective:
 def collectives(
     module: Module, computation: Computation, instruction: Instruction
 ) -> list[Collective]:
-    """What `instruction` starts: itself, or what is fused or wrapped in the computation that it calls."""
+    """What `instruction` starts: itself, or what is fused or wrapped in the computation that it calls.
+
+    Raises:
+      ValueError: it is a collective of another kind.
+    """
     kind = instruction.opcode.removesuffix("-start")
     if kind in KINDS:
         return [_collective(kind, computation, instruction)]
     if instruction.opcode not in ("fusion", "async-start") or not instruction.calls:
+        if not instruction.opcode.endswith("-done") and instruction.attribute(_TAKE_PART):
+            raise ValueError(
+                f"{instruction.opcode} {instruction.name}: nothing is known of what such a collective takes"
+            )
         return []
     inner = module[instruction.calls]
     # A collective that runs beside several fusions stands in each of them, and only in one with its start.
@@ -60,9 +70,7 @@ def collectives(
 
 
 def _collective(kind: str, computation: Computation, instruction: Instruction) -> Collective:
-    # Up to the next attribute; the order of a mesh's devices is still a part of this one.
-    own = r"(?:replica_groups|source_target_pairs)=(.*?)(?:, (?!device_ids=)\w+=|$)"
-    groups = instruction.attribute(own)
+    groups = instruction.attribute(_TAKE_PART)
     operands = [computation[name] for name in instruction.operands]
     moved = sum(operand.bytes for operand in operands)
     first = operands[0].shapes[0]

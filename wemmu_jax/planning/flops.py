@@ -44,10 +44,13 @@ def prefill_flops(config: TextConfig, tokens: int) -> tuple[float, float]:
     return 2.0 * tokens * _layers(config), _seen(config, tokens**2 / 2)
 
 
-def expert_flops(config: TextConfig, queries: int, context: int, vae_tokens: int = 0) -> float:
-    """The expert's forward pass: queries see all, VAE tokens of its own see all but the queries."""
+def expert_flops(
+    config: TextConfig, queries: int, context: int, vae_tokens: int = 0
+) -> tuple[float, float]:
+    """The expert's forward pass: products with weights, and attention, in which queries see all and VAE tokens of its
+    own all but the queries."""
     pairs = queries * (context + vae_tokens + queries) + vae_tokens * (context + vae_tokens)
-    return 2.0 * (queries + vae_tokens) * _layers(config) + _seen(config, pairs)
+    return 2.0 * (queries + vae_tokens) * _layers(config), _seen(config, pairs)
 
 
 def connector_flops(config: WeMMUConfig, tokens: int) -> float:
@@ -136,10 +139,14 @@ def _dc_ae_block(config: DCAEConfig, stage, places: float) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Learns:
-    """Which parts have gradients for weights of their own, and how many noises a sample is learned with."""
+    """Which parts have gradients for weights of their own, and how many noises a sample is learned with. Gradients go
+    through expert, Position MLP and DiT in any case."""
 
     dit: bool
     branch: bool
+    expert: bool = True
+    position_mlp: bool = True
+    vision: bool = False
     draws: int = 1
 
 
@@ -179,20 +186,28 @@ def sample_flops(
     encoded = encode_flops(config.dc_ae, bucket.height, bucket.width)
     encoded += arity * has_vae * encode_flops(config.dc_ae, rows * ratio, columns * ratio)
     flops = {
-        "ViT": arity * vision_flops(config.vlm.vision, source),
+        "ViT": _passes(learns.vision, frozen=1) * arity * vision_flops(config.vlm.vision, source),
         "VAE branch": arity * branch_flops(config, source, learns=learns.branch),
-        "Position MLP": 3 * position_mlp_flops(config, queries),
-        "DiT": (3 if learns.dit else 2)
-        * dit_flops(config.dit, latents, queries, draws=learns.draws),
+        "Position MLP": _passes(learns.position_mlp) * position_mlp_flops(config, queries),
+        "DiT": _passes(learns.dit) * dit_flops(config.dit, latents, queries, draws=learns.draws),
     }
     if not cached:
         flops["DC-AE encode"] = encoded
     if bridge.pathway is Pathway.VIT:
         return flops
-    expert = expert_flops(config.vlm.text, queries, prompt, beside)
-    flops |= {"LLM prefill": linear + attention, "expert": 3 * expert}
-    if learns.branch and in_prompt:
-        # Gradients of the VAE tokens' activations: as many products as forward, in attention twice as many. The tokens
-        # behind them have gradients too; as in the design's numbers, these are not counted.
-        flops["LLM prefill"] += in_prompt / prompt * (linear + 2 * attention)
+    weights, seen = expert_flops(config.vlm.text, queries, prompt, beside)
+    flops |= {
+        "LLM prefill": linear + attention,
+        "expert": _passes(learns.expert) * weights + 3 * seen,
+    }
+    # Gradients of activations of the tokens that something learns from: as many products as forward, in attention twice
+    # as many. The tokens behind them have gradients too; as in the design's numbers, these are not counted.
+    felt = in_prompt * learns.branch + arity * source * learns.vision
+    flops["LLM prefill"] += felt / prompt * (linear + 2 * attention)
     return flops
+
+
+def _passes(learns: bool, *, frozen: int = 2) -> int:
+    """Products of a part in all passes, for one forward: towards its inputs, where gradients go through it, and of
+    its weights if it learns."""
+    return 3 if learns else frozen

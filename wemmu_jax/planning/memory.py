@@ -54,7 +54,8 @@ def what_fits(setting: Setting, temporaries: float, available: float) -> str:
     parts = row_shards(mesh)
     room = available - sum(weights.values())
     fitting = int(rows / parts * room / temporaries) if room > 0 and temporaries else 0
-    if fitting:
+    # Those of now do not fit, though the micro-batches themselves may be all that is too much.
+    if fitting := min(fitting, rows // parts - 1):
         return f"about batch.rows={fitting * parts} would; --search looks for what is fastest"
     doublings = next(
         n
@@ -62,6 +63,9 @@ def what_fits(setting: Setting, temporaries: float, available: float) -> str:
         if 2**n * available > 1.5 * sum(weights.values()) * mesh.shape["fsdp"]
     )
     if 2**doublings > mesh.shape["fsdp"]:
-        where = "" if mesh.size % 2**doublings == 0 else f" on {2**doublings} devices"
+        in_slice = mesh.size // setting.slices // mesh.shape["sequence"] // mesh.shape["tensor"]
+        where = (
+            "" if in_slice % 2**doublings == 0 else f" on slices of {2**doublings} devices and more"
+        )
         return f"mesh.fsdp={2**doublings}{where} would leave room beside the weights"
     return "model.remat=full, more chips, or larger ones may"

@@ -77,7 +77,8 @@ class Setting:
         draft: bool = False,
     ) -> "Setting":
         """`spec` and `overrides` as `load_config` takes them; sizes from the folder `init`, or the config's, or those
-        of the paper's backbones; the config's shortest text length by default.
+        of the paper's backbones; the config's longest text length by default, to which the longest of many rows pads
+        most micro-batches, and which takes the most memory.
 
         Raises:
           ValueError, FileNotFoundError: the config or the folder is not usable.
@@ -90,7 +91,7 @@ class Setting:
         lengths = config.data.text_lengths
         if text_length is not None and text_length not in lengths:
             raise ValueError(f"texts are padded to one of {tuple(lengths)}, not to {text_length}")
-        return cls(config, sizes, topology, slices, text_length or lengths[0], draft)
+        return cls(config, sizes, topology, slices, text_length or max(lengths), draft)
 
     def changed(self, values: Mapping[str, Any]) -> "Setting":
         """The same with other values of the config."""
@@ -139,6 +140,7 @@ class Setting:
         versions = [jax.__version__, importlib.metadata.version("libtpu")]
         options = compiler_options(self.devices[0].device_kind)
         said = [self.topology, str(self.slices), *versions, str(options), lowered.as_text()]
+        said += [f"{name}={os.environ[name]}" for name in _FLAGS if os.environ.get(name)]
         if self.draft:
             said.append("draft")
         return hashlib.sha256("\n".join(said).encode()).hexdigest()
@@ -177,20 +179,27 @@ _MEMORY = {
 _UNITS = {"B": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
 
 
+_FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # which the compiler reads beside its options
 _LEAST_EFFORT = {"exec_time_optimization_effort": -1.0}
 
 
 def compile_program(lowered: jax.stages.Lowered, *, draft: bool) -> Compiled:
-    """Compiles for the devices that the arguments lie on."""
+    """Compiles for the devices that the arguments lie on.
+
+    Raises:
+      ValueError: the compiler fails, and not for a device's main memory.
+    """
     start = time.perf_counter()
     try:
         result = lowered.compile(compiler_options=_LEAST_EFFORT if draft else None)
     except jax.errors.JaxRuntimeError as error:
         message = str(error)
-        if "RESOURCE_EXHAUSTED" not in message:
-            raise
         needed = re.search(r"\(([\d.]+)([BKMGT])\)|Used ([\d.]+)([BKMGT])", message)
-        found = [part for part in needed.groups() if part] if needed else ["0", "B"]
+        # A core's own memories run full as well: a kernel's fault, and not that of a stage that is too large.
+        in_main_memory = "RESOURCE_EXHAUSTED" in message and re.search(r"\bhbm\b", message, re.I)
+        if not (needed and in_main_memory):
+            raise ValueError(f"the compiler fails: {message.splitlines()[0]}") from error
+        found = [part for part in needed.groups() if part]
         memory = dict.fromkeys(_MEMORY, 0) | {
             "temporaries": int(float(found[0]) * _UNITS[found[1]])
         }
@@ -244,13 +253,28 @@ class Library:
                     pool.submit(_compile_into, self._folder, bare, key, name)
                     for name, key in missing.items()
                 ]
-                for job in concurrent.futures.as_completed(jobs):
-                    print(job.result(), flush=True)
+                try:
+                    for job in concurrent.futures.as_completed(jobs):
+                        print(job.result(), flush=True)
+                except concurrent.futures.process.BrokenProcessPool as error:
+                    raise ValueError(
+                        "a process that compiled was killed, as one is that finds no memory; try --processes 1"
+                    ) from error
         else:
             for name, key in missing.items():
-                self.put(name, compile_program(lowered[key], draft=setting.draft))
-                print(_said(key, self.get(name)), flush=True)
+                print(self._add(setting, key, lowered[key], name), flush=True)
         return {key: self.get(name) for key, name in prints.items()}
+
+    def _add(
+        self, setting: Setting, key: Key, lowered: jax.stages.Lowered, fingerprint: str
+    ) -> str:
+        try:
+            compiled = compile_program(lowered, draft=setting.draft)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from error
+        self.put(fingerprint, compiled)
+        too_large = " (too large)" if compiled.too_large else ""
+        return f"compiled {key} in {compiled.seconds:.0f} s{too_large}"
 
     def _file(self, fingerprint: str) -> pathlib.Path:
         return self._folder / f"{fingerprint}.json.gz"
@@ -260,12 +284,4 @@ def _compile_into(folder: pathlib.Path, setting: Setting, key: Key, fingerprint:
     lowered = setting.lower(key)
     if setting.fingerprint(lowered) != fingerprint:
         raise RuntimeError(f"another process lowers {key} to another program; try --processes 1")
-    compiled = compile_program(lowered, draft=setting.draft)
-    Library(folder).put(fingerprint, compiled)
-    return _said(key, compiled)
-
-
-def _said(key: Key, compiled: Compiled) -> str:
-    return f"compiled {key} in {compiled.seconds:.0f} s" + (
-        " (too large)" * bool(compiled.too_large)
-    )
+    return Library(folder)._add(setting, key, lowered, fingerprint)

@@ -40,7 +40,7 @@ def _head(plan: StagePlan) -> Iterator[str]:
     yield f"{plan.stage} on {plan.topology}: {plan.devices} x {plan.device_kind}, mesh {mesh}, remat {plan.remat}"
     yield (
         f"{plan.steps} steps of {plan.micro_batches} micro-batches x {plan.rows} rows = {batch} samples, "
-        f"{plan.rows / plan.devices:g} rows a device"
+        f"{plan.rows / (plan.mesh['data'] * plan.mesh['fsdp']):g} rows a device"
     )
 
 

@@ -94,7 +94,7 @@ def _step(module: Module, body: Computation, value: _Value) -> int:
     """What a pass adds to a carried value; 0 for a constant."""
     if value.carried is None:
         return 0
-    after = _value(module, body, body[body.root].operands[value.carried], {})
+    after = _value(module, body, _carried(body, body.root)[value.carried], {})
     if after.carried != value.carried:
         raise ValueError(f"carried value {value.carried} does not count")
     return after.offset
@@ -103,7 +103,17 @@ def _step(module: Module, body: Computation, value: _Value) -> int:
 def _start(module: Module, caller: Computation, loop: Instruction, value: _Value) -> int:
     if value.carried is None:
         return value.offset
-    before = _value(module, caller, caller[loop.operands[0]].operands[value.carried], {})
+    before = _value(module, caller, _carried(caller, loop.operands[0])[value.carried], {})
     if before.carried is not None:
         raise ValueError(f"carried value {value.carried} starts at no constant")
     return before.offset + value.offset
+
+
+def _carried(scope: Computation, name: str) -> tuple[str, ...]:
+    """Names of the values that a loop goes in or out of a pass with."""
+    one = scope[name]
+    while one.opcode in _SAME:
+        one = scope[one.operands[0]]
+    if one.opcode != "tuple":
+        raise ValueError(f"{one.name} = {one.opcode} is no tuple")
+    return one.operands

@@ -131,8 +131,14 @@ class Trainer:
     @property
     def learns(self) -> Learns:
         """What FLOPs of a sample depend on."""
-        parts = {"dit": "dit" in self.abstract, "branch": "vae_branch" in self.abstract}
-        return Learns(**parts, draws=self.stage.draws)
+        return Learns(
+            dit="dit" in self.abstract,
+            branch="vae_branch" in self.abstract,
+            expert="expert" in self.abstract,
+            position_mlp="position_mlp" in self.abstract,
+            vision="vision" in self.abstract.get("vlm", {}),
+            draws=self.stage.draws,
+        )
 
     @functools.cached_property
     def optimizer(self) -> optax.GradientTransformation:

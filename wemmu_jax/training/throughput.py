@@ -15,7 +15,7 @@ import numpy as np
 
 from wemmu_jax.data.buckets import Bucket
 from wemmu_jax.data.pipeline import MicroBatch
-from wemmu_jax.models.wemmu.config import VAEStream, WeMMUConfig
+from wemmu_jax.models.wemmu.config import Connector, Pathway, VAEStream, WeMMUConfig
 from wemmu_jax.planning.chips import peak_flops
 from wemmu_jax.planning.flops import Learns, sample_flops
 
@@ -62,8 +62,12 @@ def _sample_work(
     text = prompt - sources * (1 + bridge.vae_in_prompt)
     flops = sample_flops(config, bucket, arity=arity, text=text, learns=learns, cached=cached)
     grid = config.query_grid(bucket.height, bucket.width)
-    beside = sources if bridge.vae_stream is VAEStream.EXPERT else 0
-    return Work(prompt + beside + grid[0] * grid[1], sum(flops.values()) / TERA)
+    has_vae = bridge.connector is not Connector.NONE
+    beside = sources if has_vae and bridge.vae_stream is VAEStream.EXPERT else 0
+    tokens = prompt + beside + grid[0] * grid[1]
+    if bridge.pathway is Pathway.VIT:
+        tokens = sources
+    return Work(tokens, sum(flops.values()) / TERA)
 
 
 @dataclasses.dataclass(frozen=True)
