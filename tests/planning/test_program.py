@@ -181,6 +181,27 @@ def test_the_order_of_a_meshs_devices_belongs_to_its_groups():
     assert one.collective.groups == groups and first_group(groups) == (0, 2)
 
 
+def test_a_sum_and_a_slice_are_a_scatter_where_they_are_fused():
+    body = [
+        "  %x = f32[8]{0} parameter(0)",
+        "  %k = s32[] parameter(1)",
+        "  %sum = f32[8]{0} all-reduce(%x), channel_id=1, replica_groups={{0,1}}, to_apply=%add",
+        "  ROOT %slice = f32[4]{0} dynamic-slice(%sum, %k), dynamic_slice_sizes={4}",
+        "}",
+    ]
+    call = "  ROOT %both = f32[4]{0} fusion(%y, %j), kind=kCustom, calls=%inner"
+    entry = "ENTRY %main (x: f32[8], k: s32[]) -> f32[4] {"
+    outer = ["  %y = f32[8]{0} parameter(0)", "  %j = s32[] parameter(1)", call, "}"]
+    inner = "%inner (x: f32[8], k: s32[]) -> f32[4] {"
+    for lines, kind in (
+        ([inner, *body, "", entry, *outer], "reduce-scatter"),
+        ([entry, *body], "all-reduce"),
+    ):
+        text = "\n".join(["HloModule one, num_partitions=2", "", *lines]) + "\n"
+        found = [one for _, one in read_program(text, lambda name, count: ()).walk()]
+        assert [one.collective.kind for one in found if one.collective] == [kind]
+
+
 def test_what_a_sparse_core_lays_out_anew_runs_beside_the_core():
     """As on a TPU7x; such computations end in a line that says where they run."""
     lines = (

@@ -42,16 +42,17 @@ class Collective:
 
 
 def collectives(
-    module: Module, computation: Computation, instruction: Instruction
+    module: Module, computation: Computation, instruction: Instruction, *, fused: bool = False
 ) -> list[Collective]:
-    """What `instruction` starts: itself, or what is fused or wrapped in the computation that it calls.
+    """What `instruction` starts: itself, or what is fused or wrapped in the computation that it calls. `fused`: whether
+    `computation` is a fusion's.
 
     Raises:
       ValueError: it is a collective of another kind.
     """
     kind = instruction.opcode.removesuffix("-start")
     if kind in KINDS:
-        return [_collective(kind, computation, instruction)]
+        return [_collective(kind, computation, instruction, fused=fused)]
     if instruction.opcode not in ("fusion", "async-start") or not instruction.calls:
         if not instruction.opcode.endswith("-done") and instruction.attribute(_TAKE_PART):
             raise ValueError(
@@ -65,11 +66,13 @@ def collectives(
         found
         for one in inner
         if starts or "chain_id=" not in one.attributes
-        for found in collectives(module, inner, one)
+        for found in collectives(module, inner, one, fused=instruction.opcode == "fusion")
     ]
 
 
-def _collective(kind: str, computation: Computation, instruction: Instruction) -> Collective:
+def _collective(
+    kind: str, computation: Computation, instruction: Instruction, *, fused: bool
+) -> Collective:
     groups = instruction.attribute(_TAKE_PART)
     operands = [computation[name] for name in instruction.operands]
     moved = sum(operand.bytes for operand in operands)
@@ -82,7 +85,7 @@ def _collective(kind: str, computation: Computation, instruction: Instruction) -
     elif kind == "all-reduce":
         # XLA fuses an all-reduce with the slice that each device keeps of it, which moves half as much.
         users = computation.users.get(instruction.name, [])
-        if users and all(user.opcode == "dynamic-slice" for user in users):
+        if fused and users and all(user.opcode == "dynamic-slice" for user in users):
             kind = "reduce-scatter"
     return Collective(kind, f"{first.dtype}{dims}".replace(" ", ""), moved, groups)
 
