@@ -55,7 +55,8 @@ def _mixture(**weights: float) -> dict[str, float]:
     return {f"data.mixture.{task}": weights.get(name, 0.0) for name, task in tasks.items()}
 
 
-_EDITS = _mixture(S_Edit=1.0)
+# Under the times of the phase before: what editing alone makes forgotten is then no matter of another law.
+_EDITS = _mixture(S_Edit=1.0) | {"loss.shift": tiny_config("stage2").loss.shift}
 _JOINT = _mixture(Rec=30.0, T2I=30.0, Uncond=5.0, S_Edit=35.0)
 _QUERIES_LEARN = (("queries/", True), (".*", False))
 _VIT_LEARNS = (("vlm/vision/", True), *ALL_BUT_VLM_LEARN)

@@ -40,6 +40,12 @@ def test_joint_training_sees_as_many_samples_as_the_sequence():
     assert steps["joint2"] == steps["stage2"] + steps["edits"]
 
 
+def test_what_is_forgotten_is_no_matter_of_another_law_of_times():
+    phases = ("stage2", "edits", "edits-queries", "edits-new-queries", "joint2")
+    shifts = {get_config(f"full/dynamic/seed0/{phase}").loss.shift for phase in phases}
+    assert len(shifts) == 1
+
+
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_jobs_come_after_what_they_need_and_studies_share_runs(budget):
     every = jobs(STUDIES, budget=budget, **PLACE)

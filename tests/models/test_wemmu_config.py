@@ -117,6 +117,16 @@ def test_features_straight_to_the_dit_go_with_nothing_else():
         BridgeConfig(pathway=Pathway.VIT)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [{"queries": "learnable_dynamic"}, {"pathway": "vit", "connector": "none"}],
+)
+def test_a_scale_of_noise_that_is_not_there(fields):
+    BridgeConfig.from_dict(fields)
+    with pytest.raises(ValueError, match="noise_scale is of noisy queries"):
+        BridgeConfig.from_dict({**fields, "noise_scale": 0.3})
+
+
 def test_bridge_config_refuses_what_it_does_not_know():
     with pytest.raises(ValueError, match=r"unknown keys \['conector'\]; known: .*connector"):
         BridgeConfig.from_dict({"conector": "linear"})

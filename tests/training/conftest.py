@@ -84,9 +84,9 @@ def watched(
     """Trains, and looks on. `at_batch` (micro-batch, arrays on the device) -> arrays may change what is trained on."""
     seen = None
 
-    def prepare(config):
+    def prepare(config, **named):
         nonlocal seen
-        built = run.prepare(config)
+        built = run.prepare(config, **named)
         seen = Seen(built, host(built.trainable), host(built.frozen))
         update, batch = built.trainer.update, built.batch
 

@@ -143,6 +143,12 @@ def test_what_cannot_be_drawn_anew(redrawn, message, stage1, config_of, tmp_path
         prepare(config)
 
 
+def test_an_autoencoder_that_would_learn_from_nothing(stage1, config_of):
+    config = config_of("stage2", stage1[1], trainable=(("vlm/", False), (".*", True)))
+    with pytest.raises(ValueError, match="lets the DC-AE learn, through which no loss passes"):
+        prepare(config)
+
+
 # -- what a run tells
 
 

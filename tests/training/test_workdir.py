@@ -278,6 +278,19 @@ def test_the_stage_before_has_moved_on(stage1, stage2, config_of, tmp_path):
         Origin(second)
 
 
+def test_a_run_goes_on_from_where_it_began_though_the_stage_before_has_moved_on(
+    stage1, stage2, config_of, tmp_path
+):
+    first = pathlib.Path(shutil.copytree(stage1[1], tmp_path / "stage1"))
+    second = pathlib.Path(shutil.copytree(stage2[1], tmp_path / "stage2"))
+    for name in ("run.json", "config.json"):
+        told = json.loads((second / name).read_text())
+        (second / name).write_text(json.dumps({**told, "init": str(first)}))
+    shutil.copytree(first / "checkpoints/6", first / "checkpoints/9")
+    assert Origin(first).step == 9
+    train(config_of("stage2", first, **{"data.bad_share": 0.5}), second)  # which changes no sample
+
+
 def test_no_process_waits_in_orbax_while_another_may_fail(stage1, config_of, monkeypatch):
     """One that failed tells so in `exchange`, where no other would ever come from a barrier of Orbax."""
     checking, checked, waits = [], [], []

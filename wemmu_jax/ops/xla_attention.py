@@ -59,7 +59,7 @@ def _in_turns(query, key, value, mask: jax.Array | None) -> jax.Array:
             mask = mask.reshape(mask.shape[0], key_heads, groups, *mask.shape[2:])
         mask = jnp.broadcast_to(mask, (batch, key_heads, *mask.shape[2:]))
         mask = mask.reshape(-1, *mask.shape[2:])
-    query = query * jnp.asarray(width**-0.5, query.dtype)
+    query = (query.astype(jnp.float32) * width**-0.5).astype(query.dtype)
     arrays = by_head(query, tokens), by_head(key, keys), by_head(value, keys), mask
     together = max(1, _SCORES // (groups * tokens * keys))
     mixed = jax.lax.map(one, arrays, batch_size=together).reshape(

@@ -32,7 +32,7 @@ PARAMS, EMA, REST = "params", "ema", "optimizer"
 # Beginnings of `differences`' lines for keys that do not change what is computed, but how, or what is kept of it.
 _MAY_DIFFER = (
     *("mesh.", "data.workers:", "data.threads:", "model.attention:", "model.remat:"),
-    *("every.", "keep_checkpoints:"),
+    *("every.", "keep_checkpoints:", "data.bad_share:"),
 )
 _CHUNK = 1 << 24
 
@@ -97,6 +97,13 @@ def claim_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict, run:
     workdir.mkdir(parents=True, exist_ok=True)
     write_json(workdir / "run.json", run)
     write_json(workdir / "config.json", json.loads(config.to_json()))
+
+
+def begun_at(workdir: pathlib.Path) -> int | None:
+    """Which checkpoint of another workdir a run started from, which may have saved others since. None for a run that
+    has not begun, or that started from a converted folder."""
+    file = workdir / "run.json"
+    return read_object(file).get("init_step") if file.exists() else None
 
 
 def renew_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict, run: dict) -> None:

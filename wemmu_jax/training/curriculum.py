@@ -20,6 +20,7 @@ import ml_collections
 from wemmu_jax.data.pools import LEAST_WEIGHT
 from wemmu_jax.data.tasks import STAGE_TASKS, Task
 from wemmu_jax.diffusion.flow import TimeLaw
+from wemmu_jax.models.qwen2_5_vl.prompt import TEXT_LIMIT
 from wemmu_jax.models.wemmu.config import BridgeConfig
 from wemmu_jax.ops.attention import AttentionBackend
 from wemmu_jax.training.optimizer import FreezeRule, Method, OptimizerConfig
@@ -248,7 +249,9 @@ def _list_of(test: _Test) -> _Test:
 
 
 def _are_lengths(value: Any) -> bool:
-    return _list_of(_whole(1))(value) and bool(value) and sorted(set(value)) == list(value)
+    if not _list_of(_whole(1))(value):
+        return False
+    return bool(value) and sorted(set(value)) == list(value) and value[-1] <= TEXT_LIMIT
 
 
 def _is_group(value: Any) -> bool:
@@ -279,7 +282,10 @@ _EXPECTED: dict[str, tuple[_Test, str]] = {
     "seed": (_whole(0, 2**32), "a whole number of at least 0 and below 2**32"),
     "data.max_aspect": (_number(1), "a finite number of at least 1"),
     "data.pad_multiple": _COUNT,
-    "data.text_lengths": (_are_lengths, "a list of increasing whole numbers above 0"),
+    "data.text_lengths": (
+        _are_lengths,
+        f"a list of increasing whole numbers from 1 to {TEXT_LIMIT}",
+    ),
     **{
         f"data.mixture.{task.value}": (
             _is_weight,

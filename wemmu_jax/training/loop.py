@@ -25,6 +25,7 @@ from wemmu_jax.sharding.processes import check_shared, exchange, is_first, say, 
 from wemmu_jax.training.batch import on_every_process
 from wemmu_jax.training.checkpoints import (
     Checkpoints,
+    begun_at,
     check_workdir,
     claim_workdir,
     differences,
@@ -62,7 +63,7 @@ def train(
     _check_alike("configs", json.loads(config.to_json()))
     with together("looking at the workdir"):
         check_workdir(workdir, config)
-    run = prepare(config)
+    run = prepare(config, step=begun_at(workdir))
     _check_alike("weights", run.origin.described())
     with together("reading the data sets"):
         data = data_identities(run)

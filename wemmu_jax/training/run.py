@@ -78,8 +78,12 @@ class Run:
         return picture.astype(jnp.float32)
 
 
-def prepare(config: ml_collections.ConfigDict) -> Run:
+def prepare(config: ml_collections.ConfigDict, *, step: int | None = None) -> Run:
     """Loads weights and data sets. Of several processes, what one refuses before it loads weights all refuse.
+
+    Args:
+      config: of the run.
+      step: of which checkpoint of the workdir `config.init`; the latest by default.
 
     Raises:
       FileNotFoundError: `config.init` names no weights: a run never starts from random backbones.
@@ -92,7 +96,7 @@ def prepare(config: ml_collections.ConfigDict) -> Run:
             raise FileNotFoundError(
                 "no weights to start from: give --init a folder of `wemmu convert`, or the workdir of the stage before"
             )
-        origin = Origin(config.init)
+        origin = Origin(config.init, step=step)
         bridge = stage.bridge.to_dict()
         if origin.bridge is not None and (other := differences(origin.bridge, bridge)):
             raise ValueError(
@@ -201,6 +205,11 @@ def _weights(origin: Origin, model: WeMMUModel, stage: Stage, mesh: Mesh) -> tup
     elif stage.redrawn:
         params = _redrawn(params, _fresh_bridge(origin, model, stage, mesh), stage)
     trainable, frozen = split(params, stage.trainable)
+    if "dc_ae" in trainable:
+        raise ValueError(
+            "the freezing table (trainable) lets the DC-AE learn, through which no loss passes: a rule for dc_ae/ must "
+            "say false before one that says true"
+        )
     if origin.bridge is None and (never := BRIDGE & frozen.keys()):
         raise ValueError(
             f"{origin.folder} has no trained bridge, and the freezing table keeps {', '.join(sorted(never))} as drawn "

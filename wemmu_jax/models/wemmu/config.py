@@ -20,6 +20,11 @@ class QueryKind(enum.StrEnum):
     LEARNABLE_FIXED = "learnable_fixed"  # a fixed number of learned queries
     LEARNABLE_DYNAMIC = "learnable_dynamic"  # the centre crop of a learned table
 
+    @property
+    def noisy(self) -> bool:
+        """Whether they are drawn for every sample."""
+        return self in (QueryKind.NOISY, QueryKind.NOISY_SCALED)
+
 
 class Connector(enum.StrEnum):
     """How DC-AE features become tokens (paper, 4.3.2 and A.2)."""
@@ -109,6 +114,12 @@ class BridgeConfig:
             raise ValueError(
                 "bridge config: pathway=vit has neither queries nor VAE tokens: it goes with queries=noisy and "
                 f"connector=none; found queries={self.queries.value}, connector={self.connector.value}"
+            )
+
+        if self.noise_scale != 1 and (not self.queries.noisy or self.pathway is Pathway.VIT):
+            raise ValueError(
+                "bridge config: noise_scale is of noisy queries, and there are none: leave it at 1; "
+                f"found {self.noise_scale!r}"
             )
 
     @property

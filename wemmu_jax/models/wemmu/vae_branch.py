@@ -76,13 +76,14 @@ def distillation_loss(tokens: jax.Array, features: jax.Array, valid: jax.Array) 
 
     Args:
       tokens: [B, S, D].
-      features: [B, S, D].
+      features: [B, S, D], of the teacher, which does not learn from it.
       valid: bool[B, S].
 
     Returns:
       float32[B].
     """
-    tokens, features = tokens.astype(jnp.float32), features.astype(jnp.float32)
+    tokens = tokens.astype(jnp.float32)
+    features = jax.lax.stop_gradient(features).astype(jnp.float32)
 
     def unit(x: jax.Array) -> jax.Array:
         return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-12)
