@@ -107,6 +107,19 @@ def test_what_is_forgotten_is_compared_over_all_seeds(tmp_path):
         assert row["copied"] == ("1.000 ± 0.000" if several else "1.000")
 
 
+def test_a_machine_that_ran_another_seed_alone_has_its_rows(tmp_path):
+    one, folder = study("collapse", budget="full"), tmp_path / "docs/miniworld"
+    folder.mkdir(parents=True)
+    for name in ("collapse", "collapse-t2i"):
+        (folder / f"{name}.png").write_bytes(b"of seed 0, drawn elsewhere")
+    for run in one.runs:
+        if run.seed == 1:
+            write_run(tmp_path / "full", run, one.graded[run])
+    section = report("collapse", Results(tmp_path, "full", folder))
+    assert len(rows_of(section)) == 6 and "collapse-t2i.png" in section
+    assert (folder / "collapse.png").read_bytes() == b"of seed 0, drawn elsewhere"
+
+
 def test_scores_are_kept_for_machines_that_ran_other_seeds(tmp_path):
     one, pictures = study("queries", budget="full"), tmp_path / "docs/miniworld"
     for seed in (0, 1):  # each on a machine of its own

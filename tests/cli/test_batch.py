@@ -151,6 +151,7 @@ BAD = [
         "answers.jsonl is where answers go",
     ),
     ({"task": "generate", "instruction": "\ud800", "output_image": "u.png"}, "Unicode text"),
+    ({"task": "chat", "instruction": "x", "width": 64}, "width: chat answers in words"),
 ]
 
 

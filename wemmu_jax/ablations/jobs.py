@@ -105,7 +105,7 @@ def run_jobs(
                 if error and not asked:  # a training that was stopped says so by an error
                     failure = failure or f"{job.name}: {error}"
                     say(f"{job.name}: failed")
-                elif not asked:
+                elif not error:  # also one that ended just before it could be stopped
                     ledger.note(job.name, seconds, made_from=job.made_from)
                     say(f"{job.name}: done in {seconds:.0f} s")
     finally:

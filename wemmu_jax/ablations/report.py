@@ -164,7 +164,7 @@ def _collapse(one: Study, results: Results) -> str:
         ("collapse-t2i", "T2I", ("stage2", "edits")),
     )
     shown = [
-        _sheet(name, task, [r for r in done if r.seed == 0 and r.phase in phases], results)
+        _sheet(name, task, [r for r in one.runs if r.seed == 0 and r.phase in phases], results)
         for name, task, phases in sheets
     ]
     note = "Mean and, of several, standard deviation over the seeds."

@@ -34,8 +34,11 @@ def _begin(out: str, budget: str) -> pathlib.Path:
 
 def convert_backbones(*, out: str, budget: str, backbones: str) -> None:
     """Hugging Face folders BACKBONES/vlm and BACKBONES/sana -> OUT/converted."""
-    folder = _begin(out, budget)
-    convert(f"{backbones}/vlm", f"{backbones}/sana", str(folder / "converted"))
+    converted = _begin(out, budget) / "converted"
+    if (
+        not converted.exists()
+    ):  # killed between the folder, which appears whole, and the note that it is done
+        convert(f"{backbones}/vlm", f"{backbones}/sana", str(converted))
 
 
 def train_phase(*, out: str, budget: str, run: str) -> None:

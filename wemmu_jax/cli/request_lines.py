@@ -100,6 +100,8 @@ def _line(number: int, text: str, folder: pathlib.Path, out: pathlib.Path, steps
     task = row["task"]
     if task == "reconstruct" and row.get("instruction"):
         raise ValueError("instruction: reconstruct takes none")
+    if task == CHAT and (sides := {"height", "width"} & row.keys()):
+        raise ValueError(f"{min(sides)}: chat answers in words")
     if task != "reconstruct" and "instruction" not in row:
         raise ValueError("instruction: missing")
     request = Request(
