@@ -3,6 +3,7 @@
 Blur is sigma 1 px and noise 30 dB, both at once, on the tiny preset's own size, a wide and a larger one.
 """
 
+import itertools
 import time
 
 import numpy as np
@@ -14,7 +15,7 @@ from wemmu_jax.miniworld.compositions import draw_composition
 from wemmu_jax.miniworld.edits import draw_edit
 from wemmu_jax.miniworld.reader import label, read
 from wemmu_jax.miniworld.renderer import render
-from wemmu_jax.miniworld.scene import BACKGROUNDS, Object, Scene, random_scene
+from wemmu_jax.miniworld.scene import BACKGROUNDS, COLOURS, Object, Scene, random_scene
 from wemmu_jax.miniworld.scorer import (
     score_composition,
     score_edit,
@@ -191,3 +192,25 @@ def test_reading_takes_less_than_ten_milliseconds():
             read(picture)
         times.append((time.process_time() - start) / len(pictures))
     assert min(times) < 10e-3
+
+
+@pytest.mark.parametrize("side", [48, 96])
+def test_a_ninth_of_another_background_is_no_background(side):
+    """Some backgrounds lie between another and an object's colour, as navy between black and blue."""
+    item = (Object("circle", "red", "centre"),)
+    for old, new in itertools.permutations(BACKGROUNDS, 2):
+        picture, before = (render(Scene(name, item), side, side).copy() for name in (new, old))
+        picture[: side // 3, : side // 3] = before[: side // 3, : side // 3]
+        assert read(picture).scene is None
+
+
+def test_what_still_shines_through_is_not_removed():
+    for colour, background in itertools.product(COLOURS, BACKGROUNDS):
+        kept = Object("circle", "blue" if colour == "red" else "red", "centre")
+        gone = Object("square", colour, "top left")
+        full, clean = (
+            render(Scene(background, items), 48, 48).astype(np.float32)
+            for items in ((kept, gone), (kept,))
+        )
+        ghost = np.uint8(np.round(clean + 0.4 * (full - clean)))
+        assert read(ghost).scene is None and read(np.uint8(clean)).scene is not None

@@ -58,7 +58,8 @@ class Ledger:
         file = self._file(job.name)
         if file.exists() and read_object(file).get("made_from", "") != job.made_from:
             raise ValueError(
-                f"{file}: it is done, but with another config or other backbones than today's; choose another folder"
+                f"{file}: it is done, but with another config, other backbones or other requests than today's; choose "
+                "another folder"
             )
 
 

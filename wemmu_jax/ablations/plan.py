@@ -65,6 +65,7 @@ def jobs(
         made_from = recipe(json.loads(get_config(f"{budget}/{run}").to_json()))
         return add(name, (need,), work.train_phase, made_from=made_from, run=str(run), **common)
 
+    asked_for = f"{BUDGETS[budget].graded} requests of a kind, seed {work.REQUESTS_SEED}"
     tasks: dict[Run, list[str]] = {}
     for one in studies:
         for run, asked in one.graded.items():
@@ -77,9 +78,11 @@ def jobs(
             continue
         need = trained(run)
         if run in tasks:
-            add(f"grade/{run}", (need,), work.grade, run=str(run), tasks=tasks[run], **common)
+            graded = f"{asked_for}, {BUDGETS[budget].solver_steps} steps"
+            where = {"run": str(run), "tasks": tasks[run]}
+            add(f"grade/{run}", (need,), work.grade, made_from=graded, **where, **common)
         if run in looked_at:
-            add(f"attend/{run}", (need,), work.attend, run=str(run), **common)
+            add(f"attend/{run}", (need,), work.attend, made_from=asked_for, run=str(run), **common)
     return list(found.values())
 
 

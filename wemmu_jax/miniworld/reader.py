@@ -2,7 +2,8 @@
 
 Every pixel is taken as a mixture of the background and the object colour that explains it best; connected pixels
 that are more object than background make a blob; a blob's shape is that whose drawing of equal area overlaps it
-best. Sizes are shares of the picture, so any height and width can be read.
+best. What else is not of the background's colour is something without a name. Sizes are shares of the picture, so any
+height and width can be read.
 """
 
 import dataclasses
@@ -24,6 +25,7 @@ _LEAST_OVERLAP, _LEAST_LEAD = 0.6, 0.02
 _LEAST_RADIUS, _MOST_RADIUS = 0.6, 1.5  # of a drawn shape's
 _SOFT = np.exp(-0.5 * np.arange(-3, 4) ** 2)  # a Gaussian of sigma 1 pixel
 _SOFT /= _SOFT.sum()
+_EDGE = 3  # pixels around a blob that may be of any colour
 _SECOND_COLOUR = 0.25  # share of a blob from which a second colour makes a second blob
 
 
@@ -152,6 +154,14 @@ def _blobs(colour: np.ndarray, foreground: np.ndarray, least: float) -> list[np.
     return blobs
 
 
+def _grown(mask: np.ndarray, by: int) -> np.ndarray:
+    """bool[H, W] with all that lies at most `by` pixels from it along both axes."""
+    for axis in (0, 1):
+        wide = np.pad(mask, [(by, by) if axis == a else (0, 0) for a in (0, 1)])
+        mask = np.lib.stride_tricks.sliding_window_view(wide, 2 * by + 1, axis).any(-1)
+    return mask
+
+
 class _Fit(NamedTuple):
     overlap: float
     shape: str
@@ -207,6 +217,12 @@ def _fits(weights: np.ndarray) -> list[_Fit]:
     return sorted(best.values(), reverse=True)
 
 
+def _place(x: float, y: float) -> str:
+    """Where shares of width and height lie."""
+    row, column = (min(max(int(share * GRID), 0), GRID - 1) for share in (y, x))
+    return PLACES[row * GRID + column]
+
+
 def _see(pixels: np.ndarray, background: np.ndarray, mask: np.ndarray, others: np.ndarray) -> Seen:
     """The object whose pixels are bool[H, W] `mask`; `others` marks the pixels of other objects."""
     height, width = mask.shape
@@ -222,15 +238,32 @@ def _see(pixels: np.ndarray, background: np.ndarray, mask: np.ndarray, others: n
     scale = best.radius / (RADIUS * min(height, width))
     clear = best.overlap >= _LEAST_OVERLAP and best.overlap - second.overlap >= _LEAST_LEAD
     middle = ((left + best.x) / width, (top + best.y) / height)
-    row, column = (min(max(int(share * GRID), 0), GRID - 1) for share in middle[::-1])
     return Seen(
         shape=best.shape if clear and _LEAST_RADIUS <= scale <= _MOST_RADIUS else None,
         colour=_nearest(best.gain * core + background, _COLOUR_RGB, _COLOUR_NAMES, _COLOUR_REACH),
-        place=PLACES[row * GRID + column],
+        place=_place(*middle),
         middle=middle,
         extent=((columns[-1] + 1 - columns[0]) / width, (rows[-1] + 1 - rows[0]) / height),
         confidence=best.overlap,
     )
+
+
+def _left_over(
+    pixels: np.ndarray, background: np.ndarray, taken: np.ndarray, least: float
+) -> list[Seen]:
+    """Parts of the background of at least `least` pixels that are not of its colour, away from all blobs: another
+    background, or what still shines through of an object. They have no name."""
+    height, width = taken.shape
+    other = np.linalg.norm(pixels - background, axis=-1) > _BACKGROUND_REACH
+    labels, count = label(other & ~_grown(taken, _EDGE))
+    found = []
+    for number in range(1, count + 1):
+        rows, columns = np.nonzero(labels == number)
+        if len(rows) >= least:
+            x, y = (columns.mean() + 0.5) / width, (rows.mean() + 0.5) / height
+            extent = (np.ptp(columns) + 1) / width, (np.ptp(rows) + 1) / height
+            found.append(Seen(None, None, _place(x, y), (x, y), extent, 0.0))
+    return found
 
 
 def read(image: np.ndarray) -> Reading:
@@ -245,6 +278,7 @@ def read(image: np.ndarray) -> Reading:
     radius = RADIUS * min(foreground.shape)
     blobs = _blobs(colour, foreground, _SPECK * np.pi * radius**2)
     taken = np.sum(blobs, axis=0) if blobs else np.zeros(foreground.shape)
-    seen = (_see(pixels, background, mask, taken > mask) for mask in blobs)
+    seen = [_see(pixels, background, mask, taken > mask) for mask in blobs]
+    seen += _left_over(pixels, background, taken > 0, _SPECK * np.pi * radius**2)
     name = _nearest(background, _BACKGROUND_RGB, _BACKGROUND_NAMES, _BACKGROUND_REACH)
     return Reading(name, tuple(seen))
