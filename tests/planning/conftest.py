@@ -10,7 +10,8 @@ from wemmu_jax.planning.chips import CHIPS
 
 @pytest.fixture
 def cpu_for_tpu(monkeypatch):
-    """Eight CPU devices for those of a v5e."""
+    """Eight CPU devices for those of a v5e, and a version for libtpu."""
+    monkeypatch.setattr(programs.importlib.metadata, "version", lambda name: "1")
     monkeypatch.setattr(programs, "topology_devices", lambda name, slices: jax.devices())
     monkeypatch.setattr("wemmu_jax.planning.plan.chip_of", lambda device: CHIPS["TPU v5 lite"])
     monkeypatch.setattr(

@@ -125,7 +125,6 @@ class Fake:
 
 
 def test_what_was_compiled_once_is_never_compiled_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(programs.importlib.metadata, "version", lambda name: "1")
     keys = [Key("update"), Key("zero")]
     first = Library(tmp_path).compile(Fake(), keys)
     with mock.patch.object(programs, "compile_program", side_effect=AssertionError):
@@ -139,7 +138,6 @@ def test_what_was_compiled_once_is_never_compiled_again(tmp_path, monkeypatch):
 
 
 def test_a_draft_is_compiled_with_the_least_effort_and_kept_apart(tmp_path, monkeypatch):
-    monkeypatch.setattr(programs.importlib.metadata, "version", lambda name: "1")
     draft, asked = dataclasses.replace(setting(), draft=True), []
 
     class Lowered:
