@@ -12,6 +12,7 @@ from wemmu_jax.miniworld.compositions import draw_composition
 from wemmu_jax.miniworld.edits import draw_edit
 from wemmu_jax.miniworld.language import (
     FAMILIES,
+    Phrases,
     at_place,
     caption,
     place_objects,
@@ -255,3 +256,15 @@ def test_words_are_a_function_of_the_seed():
 
     assert draw([0, 1]) == draw([0, 1])
     assert draw([0, 1]) != draw([0, 2])
+
+
+def test_of_crossed_wordings_training_knows_all_parts_but_not_all_together():
+    frames, ends = ("a {end}", "b {end}", "{end} c", "d {end}"), ("x", "y", "z")
+    found = Phrases.crossed(frames, ends)
+    assert len(found.train) == 9 and len(found.held_out) == 3
+    every = {frame.replace("{end}", end) for frame in frames for end in ends}
+    assert {*found.train, *found.held_out} == every
+    for frame in frames:
+        assert any(frame.replace("{end}", end) in found.train for end in ends)
+    for end in ends:
+        assert any(frame.replace("{end}", end) in found.train for frame in frames)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import pathlib
+import shutil
 from collections.abc import Sequence
 
 import jax
@@ -35,10 +36,9 @@ def _begin(out: str, budget: str) -> pathlib.Path:
 def convert_backbones(*, out: str, budget: str, backbones: str) -> None:
     """Hugging Face folders BACKBONES/vlm and BACKBONES/sana -> OUT/converted."""
     converted = _begin(out, budget) / "converted"
-    if (
-        not converted.exists()
-    ):  # killed between the folder, which appears whole, and the note that it is done
-        convert(f"{backbones}/vlm", f"{backbones}/sana", str(converted))
+    # There if it was killed before it was noted as done, and then perhaps of other backbones.
+    shutil.rmtree(converted, ignore_errors=True)
+    convert(f"{backbones}/vlm", f"{backbones}/sana", str(converted))
 
 
 def train_phase(*, out: str, budget: str, run: str) -> None:
