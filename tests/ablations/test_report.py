@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from configs.ablations import get_config
+from configs.ablations import BUDGETS, get_config
 from tests.evaluation.test_miniworld import Copier
 from wemmu_jax.ablations.report import report
 from wemmu_jax.ablations.results import Results, recipe
@@ -27,12 +27,13 @@ def write_run(out, run, tasks, backbones="0a1b") -> None:
         evaluate(Copier(), out / f"grades/{run}", count=1, seed=REQUESTS_SEED, steps=1, tasks=tasks)
     folder = out / f"runs/{run}"
     folder.mkdir(parents=True)
-    # The third step twice: the run was killed and went on.
-    losses = ((1, 5.0), (2, 4.0), (3, 9.0), (3, 3.0))
+    # The last step twice: the run was killed and went on.
+    last = BUDGETS[out.name].steps[run.phase]
+    losses = ((1, 5.0), (2, 4.0), (last, 9.0), (last, 3.0))
     lines = [
         {"step": s, "train/loss": x, **{f"train/loss_{t}": x for t in TASKS}} for s, x in losses
     ]
-    lines += [{"step": 3, **{f"validation/{task}": 2.5 for task in TASKS}}]
+    lines += [{"step": last, **{f"validation/{task}": 2.5 for task in TASKS}}]
     (folder / "config.json").write_text(get_config(f"{out.name}/{run}").to_json())
     (folder / "run.json").write_text(json.dumps({"fingerprint": backbones}))
     (folder / "run_description.json").write_text('{"code": "0.1.0 at 1a2b3c4"}')
@@ -160,6 +161,23 @@ def test_a_run_of_another_config_than_todays_is_no_row(tmp_path):
         report("vit", results)
 
 
+@pytest.mark.parametrize(
+    ("name", "phase"), [("vit", "stage1"), ("connectors", "mixed"), ("attention", "stage2")]
+)
+def test_nor_is_one_that_began_with_another(name, phase, tmp_path):
+    one = study(name, budget=BUDGET)
+    results = Results(tmp_path, BUDGET, tmp_path / "docs/miniworld")
+    for run in one.runs:
+        write_run(tmp_path / BUDGET, run, one.graded.get(run, ()))
+    config = json.loads(get_config(f"{BUDGET}/{one.runs[0].at(phase)}").to_json())
+    config["loss"]["draws"] = 1
+    file = tmp_path / BUDGET / f"runs/{one.runs[0].at(phase)}/config.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, config)
+    with pytest.raises(ValueError, match=rf"{phase}/config\.json: .*another config than today's"):
+        report(name, results)
+
+
 def test_scores_of_other_backbones_are_not_kept(tmp_path):
     one, pictures = study("queries", budget="full"), tmp_path / "docs/miniworld"
     for seed, backbones in ((0, "0a1b"), (1, "2c3d")):
@@ -183,7 +201,19 @@ def test_all_sections_are_written_but_those_that_were_not_run(results, tmp_path,
 
 def test_a_step_that_ran_twice_counts_once(results):
     run = study("vit", budget=BUDGET).runs[0]
-    assert results.curve(run, "train/loss") == ([1, 2, 3], [5.0, 4.0, 3.0])
+    assert results.curve(run, "train/loss") == ([1, 2, 4], [5.0, 4.0, 3.0])
+
+
+def test_a_run_that_has_not_ended_has_no_curve(tmp_path):
+    one = study("connectors", budget=BUDGET)
+    for run in one.runs:
+        write_run(tmp_path / BUDGET, run, ())
+    results = Results(tmp_path, BUDGET, tmp_path / "docs/miniworld")
+    assert report("connectors", results)
+    file = tmp_path / BUDGET / f"runs/{one.runs[3]}/metrics.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:2]))
+    with pytest.raises(FileNotFoundError, match=r"vit2-expert.*metrics.jsonl: .* step 2 of 4"):
+        report("connectors", results)
 
 
 def test_how_programs_are_compiled_is_no_part_of_a_recipe():

@@ -3,6 +3,7 @@
 import math
 from unittest import mock
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,8 +14,15 @@ from wemmu_jax.conversion.memory import flatten
 from wemmu_jax.models.wemmu.config import BridgeConfig, Connector
 from wemmu_jax.models.wemmu.modeling import WeMMUModel
 from wemmu_jax.models.wemmu.published import published_wemmu
+from wemmu_jax.ops.norms import RMSNorm
 from wemmu_jax.sharding.mesh import check_heads, check_rows, make_mesh
-from wemmu_jax.sharding.rules import SMALL, parameter_shardings, parameter_spec, rows_sharding
+from wemmu_jax.sharding.rules import (
+    SMALL,
+    parameter_shardings,
+    parameter_spec,
+    placed,
+    rows_sharding,
+)
 from wemmu_jax.training.optimizer import Method, OptimizerConfig, make_optimizer
 
 
@@ -215,6 +223,29 @@ def test_moments_lie_as_their_parameters():
     own = jax.tree.leaves(parameter_shardings(params, mesh))
     moments = [s for s in jax.tree.leaves(parameter_shardings(state, mesh)) if s.spec]
     assert len(moments) == 2 and all(s.spec == own[0].spec for s in moments)
+
+
+@pytest.mark.parametrize("axes", [1, 2])
+def test_a_norm_over_heads_is_cut_between_them(axes):
+    """And not inside of each, from where its neighbours would have to move all they give and take."""
+
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return RMSNorm(1e-6, axes=axes, name="q_norm")(x)
+
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return Block(name="attention")(x)
+
+    mesh = make_mesh(fsdp=2, tensor=2)
+    x = jnp.ones((4, 3, 6, 8)[: 2 + axes])
+    with mesh, placed(mesh):
+        traced = jax.make_jaxpr(Layer().init_with_output)(jax.random.key(0), x)
+    places = [e.params["sharding"].spec for e in traced.eqns if "constraint" in str(e.primitive)]
+    expected = (("data", "fsdp"), "sequence", "tensor", None)[: 2 + axes]
+    assert [tuple(place) for place in places] == [expected] * 2
 
 
 def test_a_process_has_a_block_of_the_rows():

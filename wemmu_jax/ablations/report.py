@@ -4,7 +4,6 @@ A section is what stands between `<!-- NAME -->` and `<!-- /NAME -->`; the words
 everything between the marks by this module.
 """
 
-import json
 import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -189,13 +188,12 @@ def _attention(one: Study, results: Results) -> str:
     rows, found = [], {}
     paper = dict(zip(SETTINGS, (1.80, 1.01, -0.99, -0.68), strict=True))
     for run in one.attention:
-        fields = json.loads((results.out / f"attention/{run}.json").read_text())
+        fields, maps = results.attention(run)
         mass = [fields["mass"][group] for group in GROUPS]
         forms = [fields[f] for f in ("log_ratio", "logit_difference", "mass_difference")]
         rows.append(
             [NAMES[run.arm], f"{paper[run.arm]:+.2f}", *(f"{f:+.3f}" for f in forms), *mass]
         )
-        maps = np.load(results.out / f"attention/{run}.npy")
         found[NAMES[run.arm]] = (maps, fields["groups"])
     shown = results.figure("attention", lambda path: figures.maps(path, found))
     heads = ["queries", "the paper", "log ratio", "logits", "mass"]

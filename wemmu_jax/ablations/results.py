@@ -35,11 +35,7 @@ class Results:
         self.pictures = pictures
 
     def graded(self, run: Run) -> bool:
-        """Whether there are scores of it.
-
-        Raises:
-          ValueError: those in the folder are of another config than today's, by which the tables would name it.
-        """
+        """Whether there are scores of it. Raises ValueError as `_check` does."""
         return self._grades(run).exists() or self._kept(run) is not None
 
     def means(self, run: Run) -> Means:
@@ -81,10 +77,16 @@ class Results:
         write_json(file, kept)
 
     def _grades(self, run: Run) -> pathlib.Path:
-        file = self.out / f"runs/{run}/config.json"
-        if file.exists() and recipe(read_object(file)) != self._recipe(run):
-            raise ValueError(f"{file}: this run was trained by another config than today's")
+        self._check(run)
         return self.out / f"grades/{run}/grades.jsonl"
+
+    def _check(self, run: Run) -> None:
+        """Raises ValueError if it, or a stretch before it, is in the folder and was trained by another config than
+        today's, by which the tables would name it."""
+        for one in map(run.at, road(run.phase)):
+            file = self.out / f"runs/{one}/config.json"
+            if file.exists() and recipe(read_object(file)) != self._recipe(one):
+                raise ValueError(f"{file}: this run was trained by another config than today's")
 
     def _recipe(self, run: Run) -> str:
         return recipe(json.loads(get_config(f"{self.name}/{run}").to_json()))
@@ -105,10 +107,31 @@ class Results:
         }
 
     def curve(self, run: Run, field: str) -> tuple[list[int], list[float]]:
-        """(steps, values) of a metric; a step that was run twice counts once."""
-        lines = (self.out / f"runs/{run}/metrics.jsonl").read_text().splitlines()
-        found = {row["step"]: row[field] for row in map(json.loads, lines) if field in row}
+        """(steps, values) of a metric; a step that was run twice counts once.
+
+        Raises:
+          FileNotFoundError: the run is not in the folder, or has not come to its end.
+          ValueError: as of `_check`.
+        """
+        self._check(run)
+        file = self.out / f"runs/{run}/metrics.jsonl"
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        at, of = max((row["step"] for row in rows), default=0), self.budget.steps[run.phase]
+        if at < of:
+            raise FileNotFoundError(f"{file}: the run is at step {at} of {of}")
+        found = {row["step"]: row[field] for row in rows if field in row}
         return sorted(found), [found[step] for step in sorted(found)]
+
+    def attention(self, run: Run) -> tuple[dict[str, Any], np.ndarray]:
+        """What `work.attend` found: its fields, and the map.
+
+        Raises:
+          FileNotFoundError: the run has not been looked at.
+          ValueError: as of `_check`.
+        """
+        self._check(run)
+        file = self.out / f"attention/{run}.json"
+        return read_object(file), np.load(file.with_suffix(".npy"))
 
     def picture(self, run: Run, task: str, kind: str, number: int) -> Image.Image:
         """What the run drew.

@@ -142,12 +142,12 @@ def placed(mesh: Mesh, attention: AttentionBackend = AttentionBackend.AUTO) -> I
     hands rows on. Numbers do not change.
     """
 
-    def pin(x: jax.Array, cut: bool | None) -> jax.Array:
+    def pin(x: jax.Array, cut: bool | None, features: int) -> jax.Array:
         axes: list = [None] * x.ndim
         if x.ndim > 2 and x.shape[1] % mesh.shape[TOKENS] == 0:
             axes[1] = TOKENS
-        if cut and x.shape[-1] % mesh.shape[HEADS] == 0:
-            axes[-1] = HEADS
+        if cut and x.shape[features] % mesh.shape[HEADS] == 0:
+            axes[features] = HEADS
         axes[0] = ROWS
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*axes)))
 
@@ -155,7 +155,9 @@ def placed(mesh: Mesh, attention: AttentionBackend = AttentionBackend.AUTO) -> I
         if context.method_name != "__call__" or not isinstance(context.module, _LAYERS):
             return call(*args, **kwargs)
         before, after = cut_of("/".join(context.module.path)).value
-        return pin(call(*(pin(x, before) for x in args), **kwargs), after)
+        # Features that lie as [heads, width] are cut between heads.
+        features = -getattr(context.module, "axes", 1)
+        return pin(call(*(pin(x, before, features) for x in args), **kwargs), after, features)
 
     with (
         jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
