@@ -50,10 +50,9 @@ mkdir -p "$runs"
 for ((attempt = 0; attempt <= ${RESTARTS:-20}; attempt++)); do
   members=()
   for ((i = 0; i < processes; i++)); do
-    log=/dev/stdout
-    [ "$i" -eq 0 ] || log=$runs/process-$i.log
+    if [ "$i" -eq 0 ]; then exec 3>&1; else exec 3>>"$runs/process-$i.log"; fi
     # shellcheck disable=SC2046 # a word for each variable
-    env $(variables "$i") "$stages" "$@" >>"$log" 2>&1 &
+    env $(variables "$i") "$stages" "$@" >&3 2>&1 3>&- &
     members+=("$!")
   done
 

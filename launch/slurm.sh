@@ -38,9 +38,13 @@ if [ -n "$dry" ]; then
 fi
 
 trap : TERM # srun hands it on; this shell sees the end of it
+said=$(mktemp)
 code=0
-"${command[@]}" || code=$?
-# 2: an error that somebody has to mend.
+{ "${command[@]}" 2>&1 >&3 | (trap '' TERM && exec tee "$said" >&2); } 3>&1 || code=$?
+# 2: an error that somebody has to mend. srun's own code is the highest of all, and who waited for the one that
+# failed is killed.
+! grep -q '^srun: error: .*: Exited with exit code 2$' "$said" || code=2
+rm -f "$said"
 if [ "$code" -ne 0 ] && [ "$code" -ne 2 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt "${RESTARTS:-20}" ]; then
   exec scontrol requeue "$SLURM_JOB_ID"
 fi

@@ -59,13 +59,22 @@ trap 'rm -f "$log"' EXIT
 
 answered= # whether gcloud works here at all
 ready() { # asks for the resource until it is there
-  local state refused=0
+  local state refused=0 failed=0
   while true; do
     if state=$("${describe[@]}" 2>"$log"); then
       answered=1
       case $state in
         ACTIVE) return ;;
-        FAILED | SUSPENDED) ! "${delete[@]}" || continue ;;
+        SUSPENDED) ! "${delete[@]}" || continue ;; # preempted
+        FAILED)
+          failed=$((failed + 1))
+          if [ "$failed" -eq 5 ]; then
+            "${describe[@]/(state.state)/(state)}" >&2 || true
+            echo "tpu.sh: gave up; $NAME failed five times and is still there" >&2
+            exit 1
+          fi
+          "${delete[@]}" || true
+          ;;
         *) ;; # waiting for resources, being made, being taken away
       esac
     elif grep -q NOT_FOUND "$log"; then

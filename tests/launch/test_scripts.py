@@ -5,6 +5,7 @@ import pathlib
 import re
 import shlex
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -181,6 +182,17 @@ def test_local_asks_for_gpus_unless_told_otherwise(told, platform, tmp_path):
     assert dry.count(f"JAX_PLATFORMS={platform} ") == 2 * 4
 
 
+def test_local_speaks_into_a_socket_too(tmp_path):
+    """As services are started; a socket cannot be opened by its name."""
+    fake(tmp_path, "wemmu", "echo here")
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        how = command("local", tmp_path, *words_of("local")) | {"stdout": theirs}
+        process = subprocess.Popen(**how)
+        assert process.wait(timeout=30) == 0, process.stderr.read()
+        assert ours.recv(1000) == b"here\n" * 4
+
+
 def test_local_does_not_repeat_an_error_and_gives_up(tmp_path):
     fake(tmp_path, "wemmu", "exit 2")
     assert ran("local", tmp_path, *words_of("local")).returncode == 2
@@ -215,6 +227,30 @@ def test_slurm_is_queued_again(code, restarts, queued, tmp_path):
     first, *rest = calls(tmp_path)
     assert first.startswith("srun --kill-on-bad-exit=1 /repo/launch/stages.sh configs/tiny.py the")
     assert rest == (["scontrol requeue 7"] if queued else [])
+
+
+@pytest.mark.parametrize(("who", "mended"), [("task 3", True), ("tasks 0-2", True), ("", False)])
+def test_slurm_is_not_queued_again_for_an_error_of_some(who, mended, tmp_path):
+    """Those that waited for the one with the error are killed, and srun ends with the highest code of all."""
+    told = f"echo 'srun: error: n1: {who}: Exited with exit code 2' >&2" if who else "true"
+    fake(tmp_path, "srun", f"echo said; {told}; echo 'exit code 2' >&2; exit 137")
+    fake(tmp_path, "scontrol", "")
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "0", "SLURM_SUBMIT_DIR": "/repo"}
+    found = ran("slurm", tmp_path, *WORDS, **slurm)
+    assert found.returncode == (2 if mended else 0) and found.stdout == "said\n"
+    assert found.stderr.endswith("exit code 2\n")
+    assert ("scontrol requeue 7" in calls(tmp_path)) is not mended
+
+
+def test_slurm_waits_for_what_it_stops(tmp_path):
+    fake(tmp_path, "srun", SAVES.replace("exit 75", "echo bye >&2; exit 2"))
+    how = command("slurm", tmp_path, *WORDS, SLURM_SUBMIT_DIR="/repo")
+    process = subprocess.Popen(**how, start_new_session=True)
+    while not (tmp_path / "ready").exists():
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 2 and error.endswith("bye\n") and (tmp_path / "saved").exists()
 
 
 def test_slurm_asks_for_a_process_on_each_gpu(tmp_path):
@@ -268,6 +304,17 @@ esac"""
     once = ["describe", "delete", "describe", "create", "describe"]
     assert did == [*once, "describe", "ssh", *once, "ssh", "delete"]
     assert "stopped (134 75 ); going on" in found.stderr
+
+
+def test_tpu_that_fails_and_fails(tmp_path):
+    """The fifth stays, for somebody to look at."""
+    states = [*["NOT_FOUND", "FAILED"] * 4, "NOT_FOUND", "WAITING_FOR_RESOURCES", "FAILED"]
+    fake(tmp_path, "gcloud", f"case $4 in {looks(*states, 'FAILED')} esac")
+    found = ran("tpu", tmp_path, *WORDS)
+    assert found.returncode == 1 and "w failed five times and is still there" in found.stderr
+    did = [call.split()[4] for call in calls(tmp_path)]
+    again = ["describe", "create", "describe", "delete"]
+    assert did == [*again * 4, "describe", "create", *["describe"] * 3]
 
 
 def test_tpu_that_gives_no_answer_may_be_there(tmp_path):
