@@ -11,6 +11,7 @@ import pytest
 from wemmu_jax.ops import attention as attention_lib
 from wemmu_jax.ops import splash
 from wemmu_jax.ops.attention import AttentionBackend, Mask, attention, attention_backend
+from wemmu_jax.ops.xla_attention import xla_attention
 from wemmu_jax.sharding.mesh import make_mesh
 from wemmu_jax.sharding.topology import topology_devices
 
@@ -82,6 +83,18 @@ def test_splash_equals_xla(name, blocks, monkeypatch):
     )
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16_on_a_cpu_loses_no_more_than_jax_own():
+    """Of values whose scores are large. Heads of 80: to scale by 80**-0.5 rounds, by a power of two would not."""
+    exact = [4 * draw(0, 2, 96, 4, 80), 4 * draw(1, 2, 96, 2, 80), draw(2, 2, 96, 2, 80)]
+    rounded = [x.astype(jnp.bfloat16) for x in exact]
+    exact = jax.nn.dot_product_attention(*(x.astype(jnp.float32) for x in rounded))
+    errors = [
+        float(jnp.mean(jnp.square(mixed - exact)))
+        for mixed in (xla_attention(*rounded), jax.nn.dot_product_attention(*rounded))
+    ]
+    assert 0 < errors[0] <= errors[1]
 
 
 @pytest.mark.parametrize("backend", [AttentionBackend.XLA, AttentionBackend.SPLASH])

@@ -131,7 +131,8 @@ def test_a_card_names_the_code_that_a_training_began_with(tmp_path, monkeypatch)
     pretrain(recipe, tmp_path)
     monkeypatch.setattr(loop, "code_version", lambda: "0.1.0 at ended")
     pretrain(recipe, tmp_path)
-    assert describe(recipe, tmp_path, parameters=4, scores={})["version"] == "0.1.0 at began"
+    card = describe(recipe, tmp_path, "a command", parameters=4, scores={})
+    assert card["version"] == "0.1.0 at began" and card["command"] == "a command"
 
 
 def test_rows_that_the_devices_do_not_divide_are_refused(tmp_path):

@@ -46,7 +46,8 @@ def _in_turns(query, key, value, mask: jax.Array | None) -> jax.Array:
         if mask is not None:
             scores = scores.reshape(groups, tokens, keys)
             scores = jnp.where(mask, scores, _LEAST).reshape(-1, keys)
-        weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+        # Scaled here, in float32: scaled queries would be rounded anew.
+        weights = jnp.exp(width**-0.5 * (scores - jnp.max(scores, axis=-1, keepdims=True)))
         total = jnp.sum(weights, axis=-1, keepdims=True)
         mixed = jnp.matmul(weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
         return (mixed / total).astype(query.dtype)
@@ -59,7 +60,6 @@ def _in_turns(query, key, value, mask: jax.Array | None) -> jax.Array:
             mask = mask.reshape(mask.shape[0], key_heads, groups, *mask.shape[2:])
         mask = jnp.broadcast_to(mask, (batch, key_heads, *mask.shape[2:]))
         mask = mask.reshape(-1, *mask.shape[2:])
-    query = (query.astype(jnp.float32) * width**-0.5).astype(query.dtype)
     arrays = by_head(query, tokens), by_head(key, keys), by_head(value, keys), mask
     together = max(1, _SCORES // (groups * tokens * keys))
     mixed = jax.lax.map(one, arrays, batch_size=together).reshape(

@@ -25,14 +25,16 @@ and is not here. This page is written by `wemmu miniworld pretrain`, which also 
 """
 
 
-def describe(recipe: Recipe, workdir: pathlib.Path, *, parameters: int, scores: Mapping) -> dict:
-    """What there is to tell of a training that is done."""
+def describe(
+    recipe: Recipe, workdir: pathlib.Path, command: str, *, parameters: int, scores: Mapping
+) -> dict:
+    """What there is to tell of a training that `command` has done."""
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     speeds = [row["train/samples_per_second"] for row in rows if "train/samples_per_second" in row]
     samples, speed = recipe.rows * recipe.optimizer.steps, statistics.median(speeds)
     return {
         "backbone": recipe.name,
-        "command": f"wemmu miniworld pretrain {recipe.name} --seed {recipe.seed}",
+        "command": command,
         "parameters": parameters,
         "steps": recipe.optimizer.steps,
         "samples": samples,

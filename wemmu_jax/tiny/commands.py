@@ -37,7 +37,9 @@ def pretrain_backbone(
     scores = recipe.evaluate(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), stored))
     written = module.save(stored, root)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(written))
-    description = describe(recipe, workdir, parameters=parameters, scores=scores)
+    command = f"wemmu miniworld pretrain {name} --seed {seed}"
+    command += f" --steps {steps}" if steps else ""
+    description = describe(recipe, workdir, command, parameters=parameters, scores=scores)
     write_card(root, root / backbone.folder, description)
     print(json.dumps({**description, "folder": str(root)}, indent=2))
 
