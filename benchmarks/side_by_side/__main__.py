@@ -78,7 +78,9 @@ def run_row(name: str, sizes, *, rounds: int, rungs: tuple[str, ...] = ("eager",
 
     check_device(sizes.device, jax.default_backend(), torch.cuda.is_available())
     if sizes.exact != sizes:
-        with jax.default_matmul_precision("highest"):
+        # Torch's convolutions would run in TF32, its products do not.
+        full = torch.backends.cudnn.flags(allow_tf32=False)
+        with jax.default_matmul_precision("highest"), full:
             measure(row_of(name)(Pair(sizes.exact)), rounds=0, rungs=rungs[:1])
         free()
     row = row_of(name)(Pair(sizes))

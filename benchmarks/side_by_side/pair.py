@@ -153,7 +153,9 @@ class Pair:
     @functools.cached_property
     def model(self) -> WeMMUModel:
         """Ours; weights are in `params`."""
-        remat = "full" if self.sizes.remat and self.learns else "none"
+        remat = "unrolled" if self.sizes.device == "cpu" else "none"
+        if self.sizes.remat and self.learns:
+            remat = "full"
         return WeMMUModel(self.config, dtype=jnp.dtype(self.sizes.dtype), remat=remat)
 
     @property

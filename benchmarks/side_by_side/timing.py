@@ -27,7 +27,8 @@ class Side:
 
     Attributes:
       run: once; returns its outputs, which may still be on their way.
-      start, stop: before and after a turn, where both libraries' states do not fit on the device at once.
+      start, stop: before and after a turn, where both libraries' states do not fit on the device at once; `stop` also
+        before the first of all.
     """
 
     run: Callable[[], Any]
@@ -135,6 +136,10 @@ def measure(row: Row, *, rounds: int, rungs: Sequence[str] = ("eager", "compiled
     """
     sides = {OURS: row.ours} | {name: row.theirs[name] for name in rungs}
     first, repeats, error, ours = {}, {}, 0.0, None
+    if row.apart:  # modules are built where they will run
+        for side in sides.values():
+            side.stop()
+        free()
     for name, side in sides.items():
         side.start()
         start = time.perf_counter()

@@ -66,11 +66,12 @@ def test_sizes_that_do_not_multiply_to_the_devices(sizes, said):
         make_mesh(**sizes)
 
 
-def devices(count: int, *, slices: int = 1, processes: int = 1) -> list:
+def devices(count: int, *, slices: int = 1, processes: int = 1, platform: str = "tpu") -> list:
     """Of several slices and processes, in no order."""
     found = [
         mock.Mock(
             id=n,
+            platform=platform,
             process_index=n * processes // count,
             slice_index=n * slices // count,
             device_kind="T",
@@ -90,6 +91,15 @@ def test_data_alone_goes_from_slice_to_slice():
         match=r"fsdp x sequence x tensor = 16 must lie inside a slice, .* its 8 devices; possible: \[1, 2, 4, 8\]",
     ):
         make_mesh(fsdp=8, tensor=2, devices=devices(16, slices=2))
+
+
+def test_weights_are_cut_over_gpus_of_several_hosts():
+    """Whose `slice_index` is their host's, in no order of the processes."""
+    gpus = devices(16, slices=4, processes=4, platform="gpu")
+    for gpu in gpus:
+        gpu.slice_index = 3 - gpu.slice_index
+    grid = make_mesh(fsdp=8, devices=gpus).devices
+    assert [gpu.process_index for gpu in grid.flat] == [n // 4 for n in range(16)]
 
 
 def test_rows_of_a_process_are_not_shared_with_another():

@@ -51,7 +51,9 @@ def make_mesh(
 
 
 def _slice(device: jax.Device) -> int:
-    return getattr(device, "slice_index", None) or 0
+    # A GPU has one too: that of its host, beyond which weights may well be cut.
+    is_tpu = device.platform == "tpu"
+    return (getattr(device, "slice_index", None) or 0) if is_tpu else 0
 
 
 def _process(device: jax.Device) -> int:
