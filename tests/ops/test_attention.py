@@ -207,6 +207,25 @@ def test_blocks_of_the_splash_kernel_fit_a_tpu(tokens, keys, first, dtype):
         assert "splash_mha_dkv" in jax.jit(gradients).lower(*inputs, *own).compile().as_text()
 
 
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN runs on a GPU alone")
+@pytest.mark.parametrize("name", CASES)
+def test_cudnn_equals_xla(name):
+    """In bfloat16, which cuDNN takes; XLA multiplies the same rounded numbers in float32."""
+    tokens, keys, mask = CASES[name]
+    rounded = [x.astype(jnp.bfloat16) for x in arrays(tokens - 1, keys - 1)]
+    if mask is not None:
+        own = None if mask.query is None else mask.query[:, :-1]
+        mask = mask.replace(key=mask.key[:, :-1], query=own)
+    weights = draw(3, 2, tokens - 1, 4, 24)
+    with jax.default_matmul_precision("highest"):
+        exact = [x.astype(jnp.float32) for x in rounded]
+        expected = outcome(AttentionBackend.XLA, exact, mask, weights)
+    found = outcome(AttentionBackend.CUDNN, rounded, mask, weights)
+    for one, other in zip(found, expected, strict=True):
+        off = jnp.linalg.norm(one.astype(jnp.float32) - other) / jnp.linalg.norm(other)
+        assert off < 1e-2
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_cudnn_is_what_is_lowered_for_a_gpu(masked, monkeypatch):
     """Odd numbers of tokens, which its backward pass does not take as they are. Nothing runs."""

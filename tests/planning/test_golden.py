@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.planning.golden import CASES, described
-from wemmu_jax.planning.plan import plan_stage
+from wemmu_jax.planning.plan import StagePlan, plan_stage
 from wemmu_jax.planning.predict import Prediction, Predictor, Times
 from wemmu_jax.planning.programs import Compiled, Library, Setting
 
@@ -123,6 +123,21 @@ def test_the_plan_is_the_same(name):
         assert found["memory_gib"][kind] == expected, kind
     slack = abs(found["memory_gib"]["temporaries"] - temporaries)
     assert found["spare_gib"] == pytest.approx(golden["spare_gib"], abs=slack + 1e-6)
+
+    assert all(share <= 1.01 for share in gathered(plan, CASES[name].setting).values())
+
+
+def gathered(plan: StagePlan, setting: Setting) -> dict[tuple[str, str], float]:
+    """(part, pass) of the frozen VLM -> bytes that are gathered in a micro-batch, over those of the part's weights."""
+    vlm, shares = setting.run.frozen["vlm"], {}
+    for part, weights in (("LLM prefill", vlm["text"]["layers"]), ("ViT", vlm["vision"])):
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights))
+        for one in plan.transfers:
+            if one.part == part and one.kind == "all-gather":
+                key = (part, one.phase)
+                shares[key] = shares.get(key, 0.0) + one.bytes / size / plan.micro_batches
+    assert shares.keys() >= {("LLM prefill", "forward"), ("ViT", "forward")}
+    return shares
 
 
 def roughly(gib: float):

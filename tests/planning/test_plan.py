@@ -212,7 +212,7 @@ def test_cached_latents_save_what_encoding_takes(plan):
             assert saved.times.raw_exposed == pytest.approx(one.raw_exposed)
     assert not any("encode" in one.name for one in cached.programs)
     assert any("data.features" in said for said in cached.assumptions)
-    batches = [one.memory["two micro-batches"] for one in (plain, cached)]
+    batches = [one.memory["micro-batches"] for one in (plain, cached)]
     assert batches[1] < batches[0]
 
 

@@ -76,6 +76,20 @@ def test_speeds_follow_the_last_laps(clock):
     assert stopwatch.lap(step + 10, Work())["step_seconds"] == pytest.approx(2.0)
 
 
+def test_steps_that_bring_a_shape_are_slow_by_compiling(clock):
+    """Also those of the end of an epoch's shapes, hours later; the first steps stand alone until there is another."""
+    stopwatch, speeds = Stopwatch(batch=1, start=0), []
+    for step, (shape, seconds) in enumerate(
+        [("a", 100), ("b", 50), ("a", 2), ("c", 90), ("b", 2), ("c", 5)], 1
+    ):
+        stopwatch.see(shape)
+        clock.now += seconds
+        found = stopwatch.lap(step, Work())
+        assert found["step_seconds"] == seconds
+        speeds.append(found["steps_per_second"])
+    assert speeds == pytest.approx([1 / 100, 1 / 50, 1 / 2, 1 / 2, 1 / 2, 3 / 9])
+
+
 def test_mfu_is_the_share_of_the_peak(clock, monkeypatch, tmp_path, capsys):
     devices = [types.SimpleNamespace(device_kind=KIND)] * 2
     monkeypatch.setattr(jax, "devices", lambda: devices)

@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--search",
         action="store_true",
-        help="look for the micro-batch, mesh and remat policy that predict fastest within memory",
+        help="look for the micro-batch, mesh.fsdp and remat policy that predict fastest within memory",
     )
     parser.add_argument(
         "--processes", type=whole(1), default=1, metavar="N", help="that compile at once"

@@ -253,6 +253,8 @@ def _own_assumptions(setting: Setting, all_shapes: bool) -> list[str]:
     if setting.run.cached:
         said.append("latents come from data.features: the DC-AE encodes nothing")
     said.append("cutting and packing the ViT's pixels, a program of its own, is not planned")
-    said.append("memory: arrays without the padding of tiles; the next micro-batch is there too")
+    said.append(
+        "memory: arrays without the padding of tiles; the next step's micro-batches are there too"
+    )
     said.append("no input, checkpoint or logging is waited for")
     return said

@@ -1,4 +1,4 @@
-"""Which micro-batch, mesh and remat policy predict the fastest step within memory."""
+"""Which micro-batch, `fsdp` and remat policy predict the fastest step within memory."""
 
 from collections.abc import Callable, Iterator
 

@@ -275,6 +275,8 @@ def _step(
     for _ in range(run.stage.micro_batches):
         with stopwatch.timed("data"):
             micro_batch = next(micro_batches)
+        text_length = micro_batch.arrays["valid"].shape[1]
+        stopwatch.see((micro_batch.bucket, micro_batch.arity, text_length))
         gradients, losses, plain = run.trainer.accumulate(
             gradients, state.params, run.frozen, run.batch(micro_batch)
         )

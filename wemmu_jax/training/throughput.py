@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 
 import jax
 import numpy as np
@@ -80,7 +80,7 @@ class _Lap:
 class Stopwatch:
     """Where the time goes between reports, and speeds over the last `WINDOW` laps.
 
-    The first lap compiles the step, so it counts only until there is another.
+    A lap that compiles, the first one or one with micro-batches of a new shape, counts only while there is no other.
     """
 
     def __init__(self, *, batch: int, start: int):
@@ -89,7 +89,14 @@ class Stopwatch:
         self._began = time.perf_counter()
         self._spent: dict[str, float] = collections.defaultdict(float)
         self._laps: collections.deque[_Lap] = collections.deque(maxlen=WINDOW)
-        self._compiling = True
+        self._shapes: set[Hashable] = set()
+        self._compiles, self._only_compiled = True, True
+
+    def see(self, shape: Hashable) -> None:
+        """A micro-batch of this shape is dispatched in this lap."""
+        if shape not in self._shapes:
+            self._shapes.add(shape)
+            self._compiles = True
 
     @contextlib.contextmanager
     def timed(self, what: str) -> Iterator[None]:
@@ -112,10 +119,12 @@ class Stopwatch:
         spent = dict(self._spent)
         self._spent.update(dict.fromkeys(spent, 0.0))  # what was timed once is told in every lap
         steps, seconds = step - self._step, now - self._began - spent.pop(ASIDE, 0.0)
-        if self._compiling and self._laps:
+        if self._only_compiled:
             self._laps.clear()
-            self._compiling = False
-        self._laps.append(_Lap(steps, max(seconds, 1e-9), work))
+            self._only_compiled = self._compiles
+        if self._only_compiled or not self._compiles:
+            self._laps.append(_Lap(steps, max(seconds, 1e-9), work))
+        self._compiles = False
         self._began, self._step = now, step
         values = {f"{what}_seconds": part / steps for what, part in spent.items()}
         return {"step_seconds": seconds / steps, **values, **self._speeds()}
