@@ -83,7 +83,10 @@ def test_a_stage_that_does_not_fit_is_one_error(tmp_path, capsys):
         )
     assert code == FAILED
     said = capsys.readouterr().err
-    assert "stage2 does not fit v5e:2x2" in said and "mesh.fsdp=8 on 8 devices would" in said
+    assert (
+        "stage2 does not fit v5e:2x2" in said
+        and "mesh.fsdp=8 on slices of 8 devices and more would" in said
+    )
 
 
 @pytest.mark.slow

@@ -130,12 +130,13 @@ def test_the_plan_is_the_same(name):
 def gathered(plan: StagePlan, setting: Setting) -> dict[tuple[str, str], float]:
     """(part, pass) of the frozen VLM -> bytes that are gathered in a micro-batch, over those of the part's weights."""
     vlm, shares = setting.run.frozen["vlm"], {}
+    runs = sum(one.runs for one in plan.programs if one.name.startswith("accumulate"))
     for part, weights in (("LLM prefill", vlm["text"]["layers"]), ("ViT", vlm["vision"])):
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights))
         for one in plan.transfers:
             if one.part == part and one.kind == "all-gather":
                 key = (part, one.phase)
-                shares[key] = shares.get(key, 0.0) + one.bytes / size / plan.micro_batches
+                shares[key] = shares.get(key, 0.0) + one.bytes / size / runs
     assert shares.keys() >= {("LLM prefill", "forward"), ("ViT", "forward")}
     return shares
 

@@ -35,11 +35,12 @@ def memory(setting: Setting, programs: Mapping[Key, Compiled]) -> dict[str, int]
     """Kind -> bytes a chip while the largest program runs. The micro-batches of two steps are there: those of the next
     are sent while one is worked on."""
     widest = max((key for key in programs if key.name == "accumulate"), key=lambda key: key.arity)
+    each = setting.config.batch.micro_batches
     run, beside = setting.run, max(one.beside_arguments for one in programs.values())
     batch = run.batch(widest.bucket, arity=widest.arity, text_length=setting.text_length)
     pixels = run.pixels(widest.bucket, arity=widest.arity)
     return resident(setting) | {
-        "micro-batches": 2 * run.stage.micro_batches * (bytes_a_chip(batch) + bytes_a_chip(pixels)),
+        "micro-batches": 2 * each * (bytes_a_chip(batch) + bytes_a_chip(pixels)),
         "temporaries": beside,
     }
 
