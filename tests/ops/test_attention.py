@@ -210,7 +210,8 @@ def test_blocks_of_the_splash_kernel_fit_a_tpu(tokens, keys, first, dtype):
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN runs on a GPU alone")
 @pytest.mark.parametrize("name", CASES)
 def test_cudnn_equals_xla(name):
-    """In bfloat16, which cuDNN takes; XLA multiplies the same rounded numbers in float32."""
+    """In bfloat16, which cuDNN takes; XLA multiplies the same rounded numbers in float32. To be run there with
+    JAX_PLATFORMS=cuda, for tests run on the CPU otherwise."""
     tokens, keys, mask = CASES[name]
     rounded = [x.astype(jnp.bfloat16) for x in arrays(tokens - 1, keys - 1)]
     if mask is not None:
