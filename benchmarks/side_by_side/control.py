@@ -11,6 +11,7 @@ import torch
 from benchmarks.side_by_side.inputs import normal
 from benchmarks.side_by_side.pair import Pair
 from benchmarks.side_by_side.timing import Side
+from wemmu_jax.ops.programs import jit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +55,9 @@ class Bare:
         for layer in linears:
             for weight in layer.values():
                 weight.requires_grad_(self.backward)
-        program = jax.jit(self._forward_jax)
+        program = jit(self._forward_jax)
         if self.backward:
-            program = jax.jit(jax.grad(lambda *a: self._forward_jax(*a).astype(jnp.float32).sum()))
+            program = jit(jax.grad(lambda *a: self._forward_jax(*a).astype(jnp.float32).sum()))
         run = functools.partial(self._run_torch, linears, *theirs)
         return Side(functools.partial(program, *ours)), Side(run)
 

@@ -16,7 +16,7 @@ from benchmarks.side_by_side.timing import Row, Side
 from wemmu_jax.models.qwen2_5_vl.decode import Sampling, generate
 from wemmu_jax.models.qwen2_5_vl.prompt import query_position_ids
 from wemmu_jax.models.qwen2_5_vl.text import KeyValues, Pattern
-from wemmu_jax.ops.programs import jit_stack
+from wemmu_jax.ops.programs import jit, jit_stack
 from wemmu_jax.planning import flops
 
 EXACT, ROUNDED = 5e-5, 5e-2  # tolerance in float32 and in bfloat16
@@ -141,7 +141,7 @@ def decoding(pair: Pair) -> Row:
         generate, static_argnames=("model", "max_new_tokens", "eos_ids", "sampling")
     )
 
-    @jax.jit
+    @jit
     def embed(params, tokens):
         return pair.model.text.apply({"params": params}, tokens, method="embed")
 
@@ -229,8 +229,8 @@ def expert(pair: Pair, *, backward: bool) -> Row:
     params = on_device(pair.params("expert")["expert"])
     x = jnp.asarray(noise, sizes.dtype)
     key_values = KeyValues(*jnp.asarray(cache, sizes.dtype))
-    # Training is compiled by plain jit, sampling by `jit_stack`.
-    program = jax.jit(jax.grad(loss)) if backward else jit_stack(forward)
+    # Training is compiled by `jit`, sampling by `jit_stack`.
+    program = jit(jax.grad(loss)) if backward else jit_stack(forward)
 
     inputs, at = on_torch(pair, noise), on_torch(pair, ids).long()
     keys, values = (on_torch(pair, part).transpose(2, 3) for part in cache)
@@ -310,7 +310,7 @@ def encode(pair: Pair) -> Row:
     sizes = pair.sizes
     pixels = pictures(1, sizes.side, sizes.side, seed=1)
     params, own = on_device((pair.params("dc_ae"), pixels))
-    program = jax.jit(pair.model.encode)
+    program = jit(pair.model.encode)
     given = on_torch(pair, pixels.astype(np.float32) / 127.5 - 1).permute(0, 3, 1, 2)
     scale = pair.config.dc_ae.scaling_factor
     return Row(
@@ -328,7 +328,7 @@ def decode(pair: Pair) -> Row:
     side = sizes.side // config.ratio
     latents = normal(1, side, side, config.latent_channels, seed=1)
     params, own = on_device((pair.params("dc_ae")["dc_ae"], latents))
-    program = jax.jit(lambda p, z: pair.model.dc_ae.apply({"params": p}, z, method="decode"))
+    program = jit(lambda p, z: pair.model.dc_ae.apply({"params": p}, z, method="decode"))
     given = on_torch(pair, latents.transpose(0, 3, 1, 2) / config.scaling_factor)
     return Row(
         ours=Side(lambda: program(params, own)),

@@ -2,7 +2,6 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
@@ -11,6 +10,7 @@ from benchmarks.side_by_side.inputs import normal
 from benchmarks.side_by_side.pair import Pair
 from benchmarks.side_by_side.parts import on_torch, tolerance
 from benchmarks.side_by_side.timing import Row, Side
+from wemmu_jax.ops.programs import jit
 
 PRODUCTS = 16  # of one run, so that starting it and waiting for it take no part of its time
 
@@ -26,7 +26,7 @@ def peak(pair: Pair) -> Row:
             x = x @ weight
         return x
 
-    program = jax.jit(multiplied)
+    program = jit(multiplied)
     own = tuple(jnp.asarray(array, pair.sizes.dtype) for array in (x, weight))
     given = tuple(on_torch(pair, array) for array in (x, weight))
 

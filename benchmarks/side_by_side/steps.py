@@ -20,6 +20,7 @@ from wemmu_jax.diffusion.flow import TIMESTEPS, TimeLaw, draw_flow_noise, draw_s
 from wemmu_jax.diffusion.losses import partners
 from wemmu_jax.models.wemmu.queries import draw_noise
 from wemmu_jax.ops.attention import AttentionBackend
+from wemmu_jax.ops.programs import jit
 from wemmu_jax.planning import flops
 from wemmu_jax.sharding.mesh import make_mesh
 from wemmu_jax.training.batch import TrainBatch
@@ -146,7 +147,7 @@ def dit_training(pair: Pair) -> Row:
             optax.global_norm(gradient),
         )
 
-    program, held = jax.jit(step, donate_argnums=0), {}
+    program, held = jit(step, donate_argnums=0), {}
 
     def start():
         held["state"] = TrainState.create(on_device(host), optimizer, ema=False)

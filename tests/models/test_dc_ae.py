@@ -170,12 +170,14 @@ def test_on_a_tpu_the_mean_of_squares_is_a_convolution(channels, monkeypatch):
     assert "stablehlo.convolution" in text
 
 
+@pytest.mark.parametrize("platform", ["tpu", "cpu"])
 @pytest.mark.parametrize(("channels", "lanes"), [(256, 128), (96, 32), (384, 128)])
-def test_on_a_tpu_grouped_layers_fill_the_lanes(channels, lanes, monkeypatch):
+def test_grouped_layers_fill_the_lanes(platform, channels, lanes, monkeypatch):
     """The same numbers from blocks of 128 channels; where these do not divide, from the groups themselves."""
     x, kernel = draw((2, 3, channels), (32, channels))
+    monkeypatch.setattr(blocks, "current_platform", lambda: "gpu")
     expected = blocks.grouped_dense(x, kernel)
-    monkeypatch.setattr(blocks, "current_platform", lambda: "tpu")
+    monkeypatch.setattr(blocks, "current_platform", lambda: platform)
     np.testing.assert_allclose(blocks.grouped_dense(x, kernel), expected, rtol=0, atol=1e-5)
     text = jax.jit(blocks.grouped_dense).lower(x, kernel).as_text()
     assert (f"tensor<{lanes}x{lanes}xf32>" in text) == (lanes == 128)

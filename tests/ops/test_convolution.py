@@ -1,4 +1,4 @@
-"""The depthwise convolution against XLA's grouped one."""
+"""Depthwise convolutions against XLA's grouped one; that of a doubled picture against one of the picture, doubled."""
 
 import functools
 
@@ -10,7 +10,7 @@ import pytest
 
 from tests.parity.harness import relative_l2
 from wemmu_jax.ops import convolution, depthwise_kernel
-from wemmu_jax.ops.convolution import DepthwiseConv, depthwise_conv
+from wemmu_jax.ops.convolution import DepthwiseConv, depthwise_conv, doubled_conv
 from wemmu_jax.sharding.mesh import make_mesh
 
 
@@ -138,3 +138,47 @@ def test_a_tpu_takes_the_kernel_for_whole_pictures_that_fit(monkeypatch):
     monkeypatch.setattr(depthwise_kernel, "current_device_kind", lambda: "TPU v4")
     assert "tpu_custom_call" in lowered_for_a_tpu(whole, 8, 12, 21, 11200)
     assert "tpu_custom_call" not in lowered_for_a_tpu(whole, 8, 128, 128, 256)
+
+
+def of_a_doubled_picture(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    nearest = x.repeat(2, axis=1).repeat(2, axis=2)
+    dims = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(nearest, kernel, (1, 1), "SAME", dimension_numbers=dims)
+
+
+def test_a_doubled_picture_is_convolved_without_being_made():
+    """Values, borders among them, and both gradients, in fewer products."""
+    x, kernel, weight = draw(2, 3, 5, 4), draw(3, 3, 4, 6), draw(2, 6, 10, 6)
+
+    def graded(convolve):
+        def loss(x, kernel):
+            out = convolve(x, kernel)
+            return jnp.sum(weight * out), out
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+
+    (_, out), gradients = graded(doubled_conv)(x, kernel)
+    (_, expected), expected_gradients = graded(of_a_doubled_picture)(x, kernel)
+    for found, wanted in zip((out, *gradients), (expected, *expected_gradients), strict=True):
+        assert found.shape == wanted.shape
+        assert relative_l2(found, wanted) <= 1e-6
+    costs = [
+        jax.jit(convolve).lower(draw(1, 32, 32, 64), draw(3, 3, 64, 64)).cost_analysis()["flops"]
+        for convolve in (doubled_conv, of_a_doubled_picture)
+    ]
+    assert costs[0] <= 0.46 * costs[1]
+
+
+def test_weights_are_added_before_they_are_rounded():
+    x, kernel = draw(1, 3, 4, 8).astype(jnp.bfloat16), draw(3, 3, 8, 8)
+    found = doubled_conv(x, kernel)
+    rough = doubled_conv(x, kernel.astype(jnp.bfloat16))
+    exact = of_a_doubled_picture(x.astype(jnp.float32), kernel)
+    assert found.dtype == jnp.bfloat16
+    assert relative_l2(found, exact) < relative_l2(rough, exact) < 1e-2
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 5, 4), (2, 3, 4, 4), (3, 5, 4, 4)])
+def test_a_kernel_that_does_not_fit_a_doubled_picture(shape):
+    with pytest.raises(ValueError, match=r"over 4 channels is \[3, 3, 4, F\], found \["):
+        doubled_conv(jnp.zeros((1, 6, 6, 4)), jnp.zeros(shape))

@@ -1,5 +1,7 @@
 """A stack of bfloat16 layers needs no float32 copy of all its weights on a CPU; gradients in a TPU's memory."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -36,7 +38,34 @@ def test_the_numbers_are_those_of_plain_jit():
 def test_options_are_for_the_kinds_they_were_tried_on():
     for kind in ("TPU v5", "TPU v6 lite", "TPU7x"):
         assert compiler_options(kind) == {"xla_tpu_scoped_vmem_limit_kib": "49152"}
-    assert compiler_options("TPU v4") == compiler_options("cpu") == compiler_options() == {}
+    assert compiler_options("TPU v4") == compiler_options("NVIDIA H200") == {}
+
+
+def test_on_a_cpu_a_convolution_is_a_call_of_its_own():
+    """As in a `ResBlock`, which XLA's library would else take as a whole."""
+
+    def block(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        dims = ("NHWC", "HWIO", "NHWC")
+        convolve = functools.partial(
+            jax.lax.conv_general_dilated, window_strides=(1, 1), padding="SAME"
+        )
+        hidden = jax.nn.silu(convolve(x, kernel, dimension_numbers=dims))
+        hidden = convolve(hidden, kernel, dimension_numbers=dims)
+        return x + hidden * jax.lax.rsqrt(jnp.mean(hidden**2, axis=-1, keepdims=True))
+
+    x, kernel = jnp.ones((1, 112, 112, 128)), jnp.ones((3, 3, 128, 128))
+
+    def calls(options: dict[str, str]) -> int:
+        return (
+            jax.jit(block, compiler_options=options)
+            .lower(x, kernel)
+            .compile()
+            .as_text()
+            .count("kind=kCustom")
+        )
+
+    assert calls(compiler_options()) == 2
+    assert calls({}) < 2, "XLA leaves them apart by itself: the option can go"
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])

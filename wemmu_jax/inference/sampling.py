@@ -16,7 +16,7 @@ from wemmu_jax.models.qwen2_5_vl.decode import generate
 from wemmu_jax.models.wemmu.batch import PromptBatch, Sources
 from wemmu_jax.models.wemmu.modeling import Condition, WeMMUModel
 from wemmu_jax.models.wemmu.queries import draw_noise
-from wemmu_jax.ops.programs import compiler_options, jit_stack
+from wemmu_jax.ops.programs import jit, jit_stack
 from wemmu_jax.rng import Stream, per_sample, stream_key
 
 
@@ -54,12 +54,12 @@ class Sampler:
     @functools.cached_property
     def encode(self):
         """(params, uint8[B, H, W, 3]) -> latents float32[B, h, w, C]."""
-        return jax.jit(self.model.encode, compiler_options=compiler_options())
+        return jit(self.model.encode)
 
     @functools.cached_property
     def decode(self):
         """(params, latents float32[B, h, w, C]) -> uint8[B, H, W, 3]."""
-        return jax.jit(self.model.decode, compiler_options=compiler_options())
+        return jit(self.model.decode)
 
     @functools.cached_property
     def embed(self):

@@ -12,7 +12,6 @@ import hashlib
 import pathlib
 from collections.abc import Iterator, Sequence
 
-import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
@@ -27,7 +26,7 @@ from wemmu_jax.data.tasks import Task, make_example
 from wemmu_jax.models.wemmu.config import WeMMUConfig
 from wemmu_jax.models.wemmu.inputs import RowEncoder
 from wemmu_jax.models.wemmu.modeling import WeMMUModel
-from wemmu_jax.ops.programs import compiler_options
+from wemmu_jax.ops.programs import jit
 from wemmu_jax.training.curriculum import Stage
 from wemmu_jax.training.origin import Origin
 from wemmu_jax.training.run import prepare_data
@@ -110,7 +109,7 @@ def encode_features(
         for path in origin.backbones.specs
         if path.startswith("dc_ae/")
     }
-    program = jax.jit(model.encode, compiler_options=compiler_options())
+    program = jit(model.encode)
     encode = functools.partial(program, nest(dc_ae))
     unread = 0
     with concurrent.futures.ThreadPoolExecutor(max(threads, 1)) as pool:

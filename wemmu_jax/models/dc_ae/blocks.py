@@ -13,7 +13,7 @@ import numpy as np
 
 from wemmu_jax.models.dc_ae.strips import refresh
 from wemmu_jax.ops.axes import LANES, current_platform
-from wemmu_jax.ops.convolution import DepthwiseConv, depthwise_conv
+from wemmu_jax.ops.convolution import DepthwiseConv, depthwise_conv, doubled_conv
 from wemmu_jax.ops.linear_attention import linear_attention, quadratic_attention
 from wemmu_jax.ops.norms import RMSNorm
 
@@ -87,8 +87,9 @@ class ResBlock(nn.Module):
 def grouped_dense(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """A linear layer of its own for each run of G channels (a grouped 1x1 convolution).
 
-    On a TPU several layers make one of 128 channels, with zeros between them: products of 32 would leave its lanes
-    empty, and to bring the channels there takes longer than to multiply by zeros.
+    On a TPU and a CPU several layers make one of 128 channels, with zeros between them: products of 32 would leave a
+    TPU's lanes empty, and to bring the channels there takes longer than to multiply by zeros. On a CPU XLA would bring
+    each group's channels together where it computes `x`, a number at a time.
 
     Args:
       x: [..., C].
@@ -99,7 +100,7 @@ def grouped_dense(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """
     group, channels = kernel.shape
     kernel = kernel.reshape(group, -1, group)
-    if current_platform() == "tpu" and channels % LANES == 0 and LANES % group == 0:
+    if current_platform() != "gpu" and channels % LANES == 0 and LANES % group == 0:
         kernel = _packed(kernel, LANES // group)
         runs = jnp.split(x, kernel.shape[1], axis=-1)
         return jnp.concatenate([run @ kernel[:, i] for i, run in enumerate(runs)], axis=-1)
@@ -223,6 +224,21 @@ class Down(nn.Module):
         return refresh(halved + shortcut, strips)
 
 
+class DoubledConv(nn.Module):
+    """`doubled_conv` with the parameters of `conv3x3`."""
+
+    features: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [B, h, w, C] -> [B, 2h, 2w, features] in `dtype`."""
+        shape = (3, 3, x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        bias = self.param("bias", nn.initializers.zeros_init(), shape[-1:])
+        return doubled_conv(x.astype(self.dtype), kernel) + bias.astype(self.dtype)
+
+
 class Up(nn.Module):
     """Twice the resolution: nearest pixel, then a convolution, plus channels dealt out (`DCUpBlock2d`)."""
 
@@ -233,5 +249,4 @@ class Up(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [B, h, w, C] -> [B, 2h, 2w, features]; 4 x `features` is a multiple of C."""
         shortcut = depth_to_space(repeat_channels(x, 4 * self.features))
-        nearest = depth_to_space(repeat_channels(x, 4 * x.shape[-1]))
-        return conv3x3(self.features, dtype=self.dtype, name="conv")(nearest) + shortcut
+        return DoubledConv(self.features, self.dtype, name="conv")(x) + shortcut
