@@ -25,6 +25,7 @@ from tests.parity.harness import (
 )
 from wemmu_jax.conversion.dc_ae import table
 from wemmu_jax.models.dc_ae import DCAE, DCAEConfig, blocks, modeling
+from wemmu_jax.ops import convolution
 
 RES, VIT = "ResBlock", "EfficientViTBlock"
 
@@ -284,19 +285,6 @@ def unnormalised(query: jax.Array, key: jax.Array, value: jax.Array, head_dim: i
     return jnp.einsum("bsnk,btnk,btnv->bsnv", *heads).reshape(query.shape)
 
 
-def up_without_shortcut() -> float:
-    """`Up` deals channels out twice, for the shortcut and for the nearest pixel; only the first is cut."""
-    block = up(small(), 2)
-    dealt = 4 * block.module.features
-
-    def broken(x: jax.Array, channels: int) -> jax.Array:
-        original = jnp.repeat(x, channels // x.shape[-1], axis=-1)
-        return jnp.zeros_like(original) if channels == dealt else original
-
-    with mock.patch.object(blocks, "repeat_channels", broken):
-        return block.error()
-
-
 def sabotage() -> list[Sabotage]:
     """Shortcuts, activations, eps, biases, the normaliser, the border and the scale, each broken."""
 
@@ -323,6 +311,12 @@ def sabotage() -> list[Sabotage]:
     def step() -> float:
         return down(small(), 1).error()
 
+    def step_up() -> float:
+        return up(small(), 2).error()
+
+    def other_pixel(kernel: jax.Array, place: int, *, axis: int, original=convolution._merged):
+        return original(kernel, 1 - place, axis=axis)
+
     def res() -> float:
         return res_block(small()).error()
 
@@ -346,7 +340,8 @@ def sabotage() -> list[Sabotage]:
         broken("encoder-out shortcut off", modeling, "average_groups", no_shortcut, encoder, MODEL),
         broken("decoder-in shortcut off", modeling, "repeat_channels", no_shortcut, decoder, MODEL),
         broken("step-down shortcut off", blocks, "average_groups", no_shortcut, step),
-        Sabotage("dc-ae / step-up shortcut off", BLOCK, up_without_shortcut),
+        broken("step-up shortcut off", blocks, "repeat_channels", no_shortcut, step_up),
+        broken("weights of a square's other pixel", convolution, "_merged", other_pixel, step_up),
         broken("h and w swapped in a shortcut", blocks, "space_to_depth", swapped, step),
         broken("step down padded as SAME", blocks, "conv3x3", shifted_border, step),
         broken("GELU for SiLU in a res block", nn, "silu", nn.gelu, res),
