@@ -89,7 +89,7 @@ def grouped_dense(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
     On a TPU and a CPU several layers make one of 128 channels, with zeros between them: products of 32 would leave a
     TPU's lanes empty, and to bring the channels there takes longer than to multiply by zeros. On a CPU XLA would bring
-    each group's channels together where it computes `x`, a number at a time.
+    each group's channels together where it computes `x`, which took 0.11 s of 2.9 in the encoder (docs/performance.md).
 
     Args:
       x: [..., C].
